@@ -56,14 +56,18 @@ from vit import (
 # --------------------------------------------------------------------------------------------------- options, presets
 
 PRESETS = {  # chosen by the size of the images; "224" is the paper's ViT-S/16 for 100 epochs
-    "demo": dict(size="nano", patch=4, img_size=32, epochs=20, warmup=2, batch=64, lr=2e-3, prototypes=512, hidden=512,
-                 local_crops=4, local_size=16, local_scale=[0.1, 0.4], momentum=0.98, drop_path=0.0, color=0.0),
-    "32": dict(size="tiny", patch=4, img_size=None, epochs=100, warmup=10, batch=256, lr=1e-3, prototypes=4096, hidden=2048,
-               local_crops=6, local_size=16, local_scale=[0.1, 0.4], momentum=0.99, drop_path=0.1, color=1.0),
-    "96": dict(size="small", patch=8, img_size=96, epochs=100, warmup=10, batch=256, lr=5e-4, prototypes=8192, hidden=2048,
-               local_crops=6, local_size=48, local_scale=[0.05, 0.4], momentum=0.996, drop_path=0.1, color=1.0),
-    "224": dict(size="small", patch=16, img_size=224, epochs=100, warmup=10, batch=1024, lr=5e-4, prototypes=65536, hidden=2048,
-                local_crops=8, local_size=96, local_scale=[0.05, 0.4], momentum=0.996, drop_path=0.1, color=1.0),
+    "demo": dict(size="nano", patch=4, img_size=32, epochs=10, warmup=1, batch=64, lr=2e-3, prototypes=256, hidden=512,
+                 global_scale=[0.5, 1.0], local_crops=2, local_size=16, local_scale=[0.25, 0.5], color=0.0,
+                 momentum=0.98, center_momentum=0.5, teacher_temp=0.02, drop_path=0.0),
+    "32": dict(size="tiny", patch=4, img_size=None, epochs=100, warmup=10, batch=256, lr=1e-3, prototypes=4096,
+               hidden=2048, global_scale=[0.4, 1.0], local_crops=6, local_size=16, local_scale=[0.1, 0.4], color=1.0,
+               momentum=0.99, center_momentum=0.9, teacher_temp=0.04, drop_path=0.1),
+    "96": dict(size="small", patch=8, img_size=96, epochs=100, warmup=10, batch=256, lr=5e-4, prototypes=8192,
+               hidden=2048, global_scale=[0.4, 1.0], local_crops=6, local_size=48, local_scale=[0.05, 0.4], color=1.0,
+               momentum=0.996, center_momentum=0.9, teacher_temp=0.04, drop_path=0.1),
+    "224": dict(size="small", patch=16, img_size=224, epochs=100, warmup=10, batch=1024, lr=5e-4, prototypes=65536,
+                hidden=2048, global_scale=[0.4, 1.0], local_crops=8, local_size=96, local_scale=[0.05, 0.4], color=1.0,
+                momentum=0.996, center_momentum=0.9, teacher_temp=0.04, drop_path=0.1),
 }  # fmt: skip
 ABLATIONS = ("no-centering", "no-sharpening", "no-momentum", "no-multicrop", "mse", "infonce")
 
@@ -81,15 +85,15 @@ def get_args(argv=None):
     add("--freeze-last-layer", type=int, default=1, help="epochs in which prototypes stay fixed; more if loss rises")
     add("--local-crops", type=int, help="* small crops of an image, seen by the student only")
     add("--local-size", type=int, help="* their side, px")
-    add("--global-scale", type=float, nargs=2, default=[0.4, 1.0], help="area of the two large crops, share of image")
+    add("--global-scale", type=float, nargs=2, help="* area of the two large crops, share of image")
     add("--local-scale", type=float, nargs=2, help="* area of the small crops, share of image")
     add("--color", type=float, help="* strength of jitter, grey and solarization; 1 as published")
     add("--momentum", type=float, help="* of the teacher at the beginning, 1 at the end; short runs want less")
-    add("--center-momentum", type=float, default=0.9, help="of the centre")
+    add("--center-momentum", type=float, help="* of the centre; less if one prototype wins and then another")
     add("--student-temp", type=float, default=0.1, help="temperature of the student's softmax")
-    add("--teacher-temp", type=float, default=0.04, help="of the teacher's; lower it if the loss stays at ln K")
-    add("--teacher-temp-start", type=float, default=0.04, help="the same in the first step")
-    add("--teacher-temp-epochs", type=float, default=0, help="epochs from the one to the other, linear")
+    add("--teacher-temp", type=float, help="* of the teacher's; lower it if the loss stays at ln K")
+    add("--teacher-temp-start", type=float, help="the same in the first step, if another")
+    add("--teacher-temp-epochs", type=float, default=30, help="epochs from the one to the other, linear")
     add("--ablate", choices=ABLATIONS, help="take a part of the method away, to see what it was there for")
     add("--attention", nargs="+", metavar="IMAGE", help="draw what the run in --out looks at in these files, and stop")
     return resolve(p.parse_args(argv), PRESETS, "dino")
@@ -287,7 +291,8 @@ def train_step(student, teacher, center, update, imgs, draws, args, teacher_temp
         batch_mean += t.mean(dim=(0, 1)) / args.accumulate
     ok, norm = update.step(clip_each=args.clip)  # ok is 0 where the gradient was not finite: then nothing moves
     ema_update(teacher, student, (1 - momentum) * ok)
-    center.lerp_(mean_over_processes(batch_mean), (1 - args.center_momentum) * ok)  # equation 4
+    moved = center.lerp(mean_over_processes(batch_mean), 1 - args.center_momentum)  # equation 4
+    center.copy_(torch.where(ok > 0, moved, center))
     return torch.cat([total, norm[None]])
 
 
@@ -317,7 +322,7 @@ def ablate(args):
     """Changes the options so that one part of the method is gone; returns the loss to train with."""
     changes = {
         "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, entropy -> 0
-        "no-sharpening": dict(teacher_temp=0.1, teacher_temp_start=0.1),  # as soft as the student: entropy -> ln K
+        "no-sharpening": dict(teacher_temp=0.1, teacher_temp_start=None),  # as soft as the student: entropy -> ln K
         "no-momentum": dict(momentum=0.0),  # the teacher is the student of the step before: k-NN at chance
         "no-multicrop": dict(local_crops=0),
     }
@@ -372,12 +377,13 @@ def draw_files(args, device):
 
 def schedules(step, total, steps_per_epoch, args):
     """Learning rate, weight decay, teacher momentum and temperature of a step (section 3.2): nothing to save."""
-    warm = min(1, (step + 1) / max(1, args.teacher_temp_epochs * steps_per_epoch))
+    start = args.teacher_temp_start or args.teacher_temp
+    warm = min(1, step / max(1, args.teacher_temp_epochs * steps_per_epoch - 1))
     return (
         cosine(step, total, args.lr * args.batch / 256, args.min_lr, args.warmup * steps_per_epoch),
         cosine(step, total, *args.weight_decay),
         cosine(step, total, args.momentum, 1.0),
-        args.teacher_temp_start + warm * (args.teacher_temp - args.teacher_temp_start),
+        start + warm * (args.teacher_temp - start),
     )
 
 
@@ -411,7 +417,7 @@ def main(argv=None):
     teacher = DINO(ViT(**shape), make_head()).to(device).requires_grad_(False)
     center = torch.zeros(args.prototypes, device=device)
     mean, std = train.stats()
-    config = dict(student.vit.config, method="dino", mean=mean, std=std, feature="cls")
+    config = dict(student.vit.config, method="dino", data=args.data, mean=mean, std=std, feature="cls")
     if args.init:
         start_from(args.init, dict(student=student, center=center), student.vit, config)
     teacher.load_state_dict(student.state_dict())

@@ -212,6 +212,8 @@ def cli(main):
         except InputError as e:
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        finally:
+            Run.unlock()
 
     return wrapped
 
@@ -288,20 +290,26 @@ class Images(torch.utils.data.Dataset):
 
     def stats(self):
         """Mean and standard deviation of each channel over at most 1,000 images, in [0, 1]: two lists."""
-        index = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(int).tolist()
-        x = torch.stack([self[i, 0.5] for i in index]).float() / 255
+        x = torch.stack([self[i, 0.5] for i in spaced(len(self), 1000)]).float() / 255
         return x.mean((0, 2, 3)).tolist(), x.std((0, 2, 3)).clamp(min=1e-3).tolist()
 
-    def subset(self, n):
-        """At most n images, evenly spaced, so that every class keeps its share."""
-        if n >= len(self):
-            return self
-        index = np.linspace(0, len(self) - 1, n).astype(int).tolist()
+    def pick(self, index):
+        """The images of these indices, in this order."""
+        index = list(index)
         labels = None if self.labels is None else self.labels[index]
         if self.pixels is None:
             return Images([self.files[i] for i in index], None, labels, self.classes, self.side)
         pixels = self.pixels[index] if torch.is_tensor(self.pixels) else [self.pixels[i] for i in index]
         return Images(None, pixels, labels, self.classes, self.side)
+
+    def subset(self, n):
+        """At most n images, evenly spaced, so that every class keeps its share."""
+        return self if n >= len(self) else self.pick(spaced(len(self), n))
+
+
+def spaced(n, count):
+    """At most `count` indices below n, evenly spaced."""
+    return np.linspace(0, n - 1, min(n, count)).astype(int).tolist()
 
 
 def list_images(root):
@@ -369,7 +377,7 @@ def load_images(data="demo.npz", split="train", side=None, max_bytes=2**31, quie
 
     data: "demo.npz", any .npz, "cifar10", "cifar100" (downloaded into data/ on first use), a folder with train/ and
     test/ (or val/) of class folders, a folder of class folders, or a folder of loose images at any depth. Where there
-    is no test split of its own, every tenth image is the test split. Sets of up to max_bytes once decoded are held in
+    is no test split of its own but labels are, every tenth image is the test split. Sets of up to max_bytes once decoded are held in
     memory. Raises InputError if nothing usable is there; broken files are skipped, counted and named.
     """
     path = Path(data)
@@ -400,7 +408,7 @@ def load_images(data="demo.npz", split="train", side=None, max_bytes=2**31, quie
     if names is not None:
         classes, labels = np.unique(np.asarray(names), return_inverse=True)
         classes, labels = [str(c) for c in classes], torch.from_numpy(labels.reshape(-1)).long()
-    if not own:
+    if not own and names is not None:
         n = len(files if pixels is None else pixels)
         pick = [i for i in range(n) if (i % 10 == 9) == (split == "test")] or list(range(n))
         files, pixels = (files and [files[i] for i in pick]), (pixels if pixels is None else pixels[pick])
@@ -726,9 +734,8 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
         for k in ks:
             votes = torch.zeros(len(x), classes, device=x.device)
             votes.scatter_add_(1, train_labels[index[:, :k]], (similar[:, :k] / temperature).exp())
-            right = (
-                votes.topk(min(5, classes, k), dim=1)[1] == y[:, None]
-            )  # with k < 5 no more than k classes have votes
+            best = votes.sort(dim=1, descending=True, stable=True)[1][:, : min(5, k)]  # ties: the lower label
+            right = best == y[:, None]
             hits[k] += torch.stack([right[:, 0].sum(), right.sum()])
     return {k: tuple((100 * h / len(test)).tolist()) for k, h in hits.items()}
 
@@ -752,6 +759,7 @@ class Run:
     processes agree; then they save and leave. Needs: begin() before the first step, steps() around the loop.
     """
 
+    lock = None  # the open lock file of this process
     free = ("steps", "workers", "out", "attention", "log_every")  # may change when a run goes on
 
     def __init__(self, args, rank, world):
@@ -761,7 +769,7 @@ class Run:
         if rank == 0:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
-                self.lock = open(self.out / ".lock", "a")  # noqa: SIM115 - held until the process ends
+                Run.lock = open(self.out / ".lock", "a")  # noqa: SIM115 - held until main returns or the process ends
             except OSError as e:
                 raise InputError(f"--out {args.out} cannot be written ({e})") from None
             try:
@@ -775,6 +783,11 @@ class Run:
                     fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"another run is writing to {args.out}: wait for it, or give another --out") from None
+
+    @staticmethod
+    def unlock():
+        if Run.lock:
+            Run.lock.close()
 
     def on_signal(self, number, _):
         if self.signal:  # a second Ctrl-C: at once
@@ -794,7 +807,7 @@ class Run:
         self.stop = min(self.total, args.steps or self.total)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         self.sets = (train.subset(10_000), test.subset(2_000)) if test is not None else None
-        self.sample = torch.stack([train[i, 0.5] for i in range(0, len(train), -(-len(train) // 4))]).to(device)
+        self.sample = torch.stack([train[i, 0.5] for i in spaced(len(train), 4)]).to(device)
         self.first = self.resume()
         old = self.rows()
         self.row, self.before = (
@@ -881,11 +894,11 @@ class Run:
         """Yields (step, images) and notes how long it waited for images. Ends at the last step, or when asked to stop."""
         loader, self.leave = iter(loader), False
         for step in range(self.first, self.stop):
-            torch.manual_seed(((self.args.seed * 1_000_003 + step) * self.world + self.rank) % 2**63)  # for drop path
             start = time.perf_counter()
             imgs = next(loader)
             self.waited += time.perf_counter() - start
             self.leave = self.agreed(step)
+            torch.manual_seed(((self.args.seed * 1_000_003 + step) * self.world + self.rank) % 2**63)  # for drop path
             yield step, imgs
             self.bar.update()
             if self.leave:

@@ -1,4 +1,109 @@
+import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts lie at the top, not in a package
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts lie at the top, not in a package
+torch.set_num_threads(1)  # the nets are tiny: threads would only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test works in an empty folder, and a script's signal handlers do not outlive it."""
+    monkeypatch.chdir(tmp_path)
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in old.items():
+        signal.signal(s, handler)
+
+
+def pictures(n, side=16, classes=3, seed=0):
+    """Noisy images of a few classes: uint8 (n, side, side, 3), labels (n,)."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    base = np.random.default_rng(7).uniform(0, 255, (classes, 4, 4, 3)).repeat(side // 4, 1).repeat(side // 4, 2)
+    return (base[labels] + rng.normal(0, 30, (n, side, side, 3))).clip(0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """A small data set as an .npz: 64 training and 24 test images of 16 px, 3 classes."""
+    (a, la), (b, lb) = pictures(64), pictures(24, seed=1)
+    np.savez(tmp_path / "tiny.npz", train_images=a, train_labels=la, test_images=b, test_labels=lb)
+    return "tiny.npz"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The same as image files: photos/train/<class>/<i>.png and photos/test/..."""
+    for split, n, seed in (("train", 64, 0), ("test", 24, 1)):
+        for i, (img, label) in enumerate(zip(*pictures(n, seed=seed), strict=True)):
+            file = tmp_path / "photos" / split / f"class{label}" / f"{i:03}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(img).save(file)
+    return "photos"
+
+
+OWN = {"dino": "--prototypes 64 --hidden 32 --local-crops 2 --local-size 8"}  # keeps a method's own parts small
+
+
+def tiny(*more, data="tiny.npz", batch=8, out="run", method="dino"):
+    """Options of a run that takes a second: 64 images, 8 steps an epoch."""
+    common = f"--data {data} --out {out} --size test --patch 4 --epochs 4 --warmup 1 --batch {batch} --device cpu"
+    return f"{common} {OWN.get(method, '')}".split() + [*map(str, more)]
+
+
+def log(out="run"):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def losses(out="run"):
+    return {r["step"]: r["loss"] for r in log(out) if "loss" in r}
+
+
+def tensors(x, name=""):
+    """Every tensor in a nested checkpoint, by its path."""
+    if torch.is_tensor(x):
+        return {name: x}
+    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
+    return {k: v for key, value in items for k, v in tensors(value, f"{name}/{key}").items()}
+
+
+def checkpoint(out="run"):
+    return torch.load(Path(out, "last.pt"), weights_only=True)
+
+
+def same(a, b):
+    """Whether two checkpoints hold the same tensors bit for bit; the names that differ."""
+    a, b = tensors(a), tensors(b)
+    return sorted(a.keys() ^ b.keys()) + [k for k in a.keys() & b.keys() if not torch.equal(a[k], b[k])]
+
+
+def command(script, *options, processes=1):
+    """A script as a user starts it; with torchrun for several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    argv = [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
+    return argv, env
+
+
+def start(script, *options, processes=1, timeout=120):
+    argv, env = command(script, *options, processes=processes)
+    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def fails(main, argv, capsys):
+    """The one line that a script prints when it refuses wrong input with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line and "warning" not in line]
+    return err[-1]

@@ -23,7 +23,7 @@ def turned(x, y, t):
 
 def warp(rng):
     """A smooth random displacement, px, about 5 in size, that changes within a dozen px."""
-    coarse, weights = rng.normal(0, 7, (7, 7)), np.zeros((SIDE * FINE, 7))
+    coarse, weights = rng.normal(0, 6.8, (7, 7)), np.zeros((SIDE * FINE, 7))
     for i in range(SIDE * FINE):
         d = abs(i / (SIDE * FINE - 1) * 4 + 1 - np.arange(7))
         weights[i] = np.where(d < 1, 2 / 3 - d**2 + d**3 / 2, np.clip(2 - d, 0, None) ** 3 / 6)  # cubic B-spline
@@ -54,9 +54,8 @@ def texture(kind, x, y, rng):
     else:
         cells = rng.standard_normal((16, 16))
         if kind == "blobs":
-            cells = sum(np.roll(cells, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1))
             fine = np.kron(cells, np.ones((4, 4)))
-            light = sum(np.roll(fine, (i, j), (0, 1)) for i in range(-3, 4) for j in range(-3, 4))
+            light = sum(np.roll(fine, (i, j), (0, 1)) for i in range(-4, 5) for j in range(-4, 5))
         else:
             light = np.kron(cells, np.ones((4, 4)))
     return np.where(light > np.median(light), 1.0, -1.0)
@@ -89,7 +88,7 @@ def draw(kind, shape, rng):
     light, mask, places = 0.36 + 0.2 * texture(kind, x, y, rng), np.zeros((n, n)), []
     for _ in range(12):
         cy, cx, radius = *rng.uniform(3, SIDE - 3, 2), rng.uniform(4.5, 6)
-        if len(places) < 3 and all(np.hypot(cy - py, cx - px) > radius + pr for py, px, pr in places):
+        if len(places) < 2 and all(np.hypot(cy - py, cx - px) > radius + pr for py, px, pr in places):
             places.append((cy, cx, radius))
             hit = inside(shape, *turned((x - cx) / radius, (y - cy) / radius, rng.uniform(0, 2 * np.pi)))
             light[hit], mask[hit] = rng.uniform(0.65, 0.9), 1

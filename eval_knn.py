@@ -1,0 +1,126 @@
+"""Weighted k-NN on frozen features: how good is an encoder, without training anything?
+
+    python eval_knn.py runs/dino-demo/last.pt                                  # on the data it was trained on
+    python eval_knn.py dino_deitsmall16_pretrain.pth --data imagenet/          # the authors' weights
+    torchrun --nproc-per-node=2 eval_knn.py runs/dino-demo/last.pt --dump features.npz
+
+A test image is labelled by its k nearest training images, cosine similarity s, each voting with exp(s / T), T = 0.07
+(Wu et al., arXiv 1805.01978; DINO, arXiv 2104.14294, appendix F.1). Measured for the CLS token and the mean patch token,
+and for two yardsticks that a trained encoder should beat: raw centred pixels, and the same network untrained.
+
+Differs from the authors' code: any number of test images and classes, k is at most the number of training images, no
+process group is needed; images above 64 px are resized to 8/7 of the input and cropped in the middle, as 256 to 224.
+"""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vit import InputError, ViT, cli, features, knn, launch, load_encoder, load_images
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("checkpoint", nargs="?", help="last.pt of a run, a file of weights/, or the authors' weights")
+    add("--data", help="demo.npz, any .npz, cifar10, cifar100, or a folder of images (what the run was trained on)")
+    add("--k", type=int, nargs="+", default=[1, 5, 10, 20, 100, 200], help="numbers of neighbours")
+    add("--temperature", type=float, default=0.07, help="of the votes")
+    add("--img-size", type=int, help="input of the network, px (what the checkpoint says)")
+    add("--batch", type=int, default=256, help="images at a time")
+    add("--workers", type=int, default=2, help="processes that decode images, where a set does not fit in memory")
+    add("--device", help="cuda, mps or cpu (the first that is there)")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="fp32",
+        help="auto: bf16 if the hardware has it",
+    )
+    add("--dump", metavar="FILE", help="write features and labels to this .npz")
+    args = p.parse_args(argv)
+    if not args.checkpoint:
+        raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
+    return args
+
+
+def gathered(rows, n):
+    """Rows i, i + world, ... of every process, put back in order: (n, D). With one process: as they are."""
+    if not dist.is_initialized():
+        return rows
+    rows = torch.cat([rows, rows[:1].expand(-(-n // dist.get_world_size()) - len(rows), -1)])
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)[:n]
+
+
+@cli
+def main(argv=None):
+    args = get_args(argv)
+    device, rank, world = launch(args)
+    vit, config = load_encoder(args.checkpoint, quiet=rank > 0)
+    if args.img_size:
+        config["img_size"] = [args.img_size] * 2
+    args.data = args.data or config.get("data", "demo.npz")
+    side = max(config["img_size"])
+    sets = {
+        s: load_images(args.data, s, side if side <= 64 else round(side * 8 / 7), quiet=rank > 0)
+        for s in ("train", "test")
+    }
+    labels = {s: x.labels for s, x in sets.items()}
+    if labels["train"] is None or labels["test"] is None:
+        raise InputError(f"--data {args.data} has no labels: k-NN needs class folders, or labels in the .npz")
+    if sets["train"].channels != config["in_chans"]:
+        raise InputError(
+            f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets['train'].channels}"
+        )
+    names = sorted({*sets["train"].classes, *sets["test"].classes})  # a class may be missing in one of them
+    labels = {s: torch.tensor([names.index(c) for c in x.classes])[x.labels].to(device) for s, x in sets.items()}
+
+    torch.manual_seed(0)
+    shape = {k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")}
+    rows = {"pixels": (None, "mean"), "untrained": (ViT(**shape).eval().to(device), config["feature"])}
+    rows |= {"cls": (vit.to(device), "cls"), "mean": (vit, "mean")}
+    if len(sets["train"]) * side**2 * 3 * 4 > 2**32:
+        del rows["pixels"]  # more than 4 GiB
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
+    result, dump = {}, {}
+    for row, (net, feature) in rows.items():
+        x = {}
+        for split, images in sets.items():
+            mine = images.pick(range(rank, len(images), world))
+            found = features(net, mine, dict(config, feature=feature), device, dtype, args.batch, args.workers)
+            x[split] = gathered(found, len(images))
+        share = slice(rank, None, world)
+        hits = knn(x["train"], labels["train"], x["test"][share], labels["test"][share], args.k, args.temperature)
+        counts = torch.tensor([hits[k] for k in args.k], dtype=torch.float64) * len(labels["test"][share])
+        if dist.is_initialized():
+            dist.all_reduce(counts := counts.to(device))
+        result[row] = {
+            k: round(v, 3) for k, v in zip(args.k, (counts[:, 0] / len(labels["test"])).tolist(), strict=True)
+        }
+        if row in ("cls", "mean"):
+            dump |= {f"{s}_{row}": v.float().cpu().numpy() for s, v in x.items()}
+    if rank == 0:
+        width = max(map(len, result))
+        print(f"{'top-1, %':>{width}}" + "".join(f"  k={k:<5}" for k in args.k))
+        for row, by_k in result.items():
+            print(f"{row:>{max(width, 8)}}" + "".join(f"{v:8.2f}" for v in by_k.values()))
+        if args.dump:
+            with open(args.dump, "wb") as f:
+                np.savez(
+                    f, **dump, **{f"{s}_labels": v.cpu().numpy() for s, v in labels.items()}, classes=np.array(names)
+                )
+        settings = dict(
+            checkpoint=str(args.checkpoint), data=args.data, temperature=args.temperature, feature=config["feature"]
+        )
+        settings |= dict(img_size=config["img_size"], train=len(labels["train"]), test=len(labels["test"]))
+        print(json.dumps(dict(knn=result, **settings)))
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main() and None)

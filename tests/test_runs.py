@@ -1,0 +1,339 @@
+"""The contracts of a training run: resume, processes, micro-batches, signals, wrong input."""
+
+import functools
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, checkpoint, command, fails, log, losses, pictures, same, start, tensors, tiny
+
+import dino
+import vit
+
+SCRIPTS = {"dino": dino.main}
+scripts = pytest.mark.parametrize("method", SCRIPTS)
+EXACT = ["--precision", "fp32", "--drop-path", 0, "--log-every", 1]
+
+
+def streamed(monkeypatch):
+    """Makes even a small folder too large for memory, so that workers decode it."""
+    monkeypatch.setattr(vit, "load_images", functools.partial(vit.load_images, max_bytes=0))
+
+
+@scripts
+def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(method, npz):
+    main = SCRIPTS[method]
+    main(tiny("--steps", 20, "--drop-path", 0.1, out="straight", method=method))
+    main(tiny("--steps", 10, "--drop-path", 0.1, method=method))
+    main(tiny("--steps", 20, "--drop-path", 0.1, method=method))
+    assert same(checkpoint("straight"), checkpoint()) == []
+    assert [r["step"] for r in log() if "loss" in r] == sorted({r["step"] for r in log() if "loss" in r})
+
+
+@scripts
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_and_restarts_change_nothing(method, folder, monkeypatch, workers):
+    main = SCRIPTS[method]
+    streamed(monkeypatch)
+    options = functools.partial(tiny, "--workers", workers, data="photos", method=method)
+    main(options("--steps", 10, out="straight"))
+    main(options("--steps", 5))
+    main(options("--steps", 10))
+    assert same(checkpoint("straight"), checkpoint()) == []
+    monkeypatch.setattr(vit, "load_images", vit.load_images.func)
+    main(options("--steps", 10, out="memory"))  # nor does it matter where the images lie
+    assert same(checkpoint("memory")["student"], checkpoint()["student"]) == []
+
+
+@scripts
+def test_kill_9_and_resume(method, npz):
+    """A run killed at a random moment, again and again, ends with the weights of one that was left alone."""
+    SCRIPTS[method](tiny("--steps", 24, out="straight", method=method))
+    argv, env = command(f"{method}.py", *tiny("--steps", 24, method=method))
+    for target in (6, 14):
+        process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 90
+        while time.time() < deadline and process.poll() is None:
+            rows = losses() if os.path.exists("run/log.jsonl") else {}
+            if rows and max(rows) >= target:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -9
+    SCRIPTS[method](tiny("--steps", 24, method=method))
+    assert same(checkpoint("straight"), checkpoint()) == []
+
+
+def nearly(a, b, name):
+    """Two runs agree as the design defines it: losses, encoder output and weights to 1e-5; the key bias is exempt."""
+    torch.testing.assert_close(
+        torch.tensor([*losses(a).values()]), torch.tensor([*losses(b).values()]), rtol=1e-5, atol=1e-5
+    )
+    nets = [vit.load_encoder(f"{out}/last.pt", quiet=True)[0] for out in (a, b)]
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(nets[0](x), nets[1](x), rtol=1e-5, atol=1e-5)
+    a, b = (
+        tensors({k: v for k, v in checkpoint(out).items() if k in ("student", "teacher", "center")}) for out in (a, b)
+    )
+    for k in a:
+        if k.endswith("qkv.bias"):  # its key part has a true gradient of zero: AdamW turns rounding into steps
+            d = len(a[k]) // 3
+            a[k][d : 2 * d] = b[k][d : 2 * d] = 0
+        torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-5, msg=lambda m, k=k: f"{name} {k}: {m}")
+
+
+@scripts
+def test_accumulation_is_the_whole_batch(method, npz):
+    SCRIPTS[method](tiny(*EXACT, "--epochs", 5, batch=16, out="whole", method=method))
+    SCRIPTS[method](tiny(*EXACT, "--epochs", 5, "--accumulate", 4, batch=16, out="parts", method=method))
+    assert len(losses("whole")) == 20
+    nearly("whole", "parts", method)
+
+
+@scripts
+def test_two_processes_are_one(method, npz):
+    SCRIPTS[method](tiny(*EXACT, "--epochs", 5, batch=16, out="one", method=method))
+    done = start(
+        f"{method}.py", *tiny(*EXACT, "--epochs", 5, "--accumulate", 2, batch=16, out="two", method=method), processes=2
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stdout
+    nearly("one", "two", method)
+
+
+@scripts
+def test_as_a_user_starts_it(method, npz):
+    done = start(f"{method}.py", *tiny("--steps", 3, method=method))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r'"knn": [\d.]+', done.stdout.splitlines()[-1])
+    again = start(f"{method}.py", *tiny("--steps", 3, method=method))  # a finished run prints its result
+    assert again.returncode == 0 and again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+
+
+@scripts
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_leaves(method, npz, number):
+    argv, env = command(f"{method}.py", *tiny("--epochs", 500, "--knn-every", 500, method=method))
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not os.path.exists("run/log.jsonl") or not losses():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number and "goes on from there" in text
+    step = checkpoint()["step"]
+    assert step >= 1 and f"stopped at step {step} " in text
+
+
+@scripts
+def test_one_run_in_a_folder_and_a_killed_one_does_not_block_the_next(method, npz):
+    argv, env = command(f"{method}.py", *tiny("--epochs", 500, method=method))
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not os.path.exists("run/log.jsonl"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    second = start(f"{method}.py", *tiny("--epochs", 500, method=method))
+    assert second.returncode == 2 and "another run is writing to run" in second.stderr
+    process.kill()
+    process.wait()
+    assert start(f"{method}.py", *tiny("--epochs", 500, "--steps", 20, method=method)).returncode == 0
+
+
+@scripts
+def test_steps_stop_early_and_change_no_schedule(method, npz):
+    SCRIPTS[method](tiny("--steps", 9, "--log-every", 1, out="short", method=method))
+    SCRIPTS[method](tiny("--log-every", 1, out="long", method=method))
+    rates = {out: {r["step"]: r["lr"] for r in log(out) if "lr" in r} for out in ("short", "long")}
+    assert max(rates["short"]) == 9 and max(rates["long"]) == 32
+    assert all(rates["long"][s] == lr for s, lr in rates["short"].items())
+
+
+@scripts
+def test_the_log_has_what_the_design_promises(method, npz):
+    SCRIPTS[method](tiny("--log-every", 2, method=method))
+    rows = log()
+    assert {"args", "knn_pixels", "knn_untrained"} <= rows[0].keys() and rows[0]["args"]["batch"] == 8
+    wanted = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "memory_mib", "skipped", "seconds"}
+    assert all(wanted <= r.keys() for r in rows[1:] if "loss" in r)
+    assert [r["step"] for r in rows if "loss" in r] == [1, *range(2, 33, 2)]
+    assert all(0 <= r["data_wait"] < 1 and r["memory_mib"] > 50 for r in rows[1:] if "loss" in r)
+    assert [r["epoch"] for r in rows if "knn" in r] == [1, 2, 3, 4]
+
+
+@scripts
+def test_same_seed_same_run_and_another_seed_another(method, npz):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        SCRIPTS[method](tiny("--steps", 5, "--seed", seed, "--log-every", 1, out=out, method=method))
+    assert losses("a") == losses("b") != losses("c")
+
+
+@scripts
+def test_init_from_a_run_and_from_an_encoder(method, npz):
+    SCRIPTS[method](tiny("--steps", 8, out="first", method=method))
+    SCRIPTS[method](tiny("--steps", 1, "--lr", 0, "--init", "first/last.pt", out="second", method=method))
+    a, b = checkpoint("first"), checkpoint("second")
+    assert (
+        same(
+            a["encoder"] if method != "dino" else {k[4:]: v for k, v in a["student"].items() if k[:4] == "vit."},
+            b["encoder"],
+        )
+        == []
+    )
+    torch.save(a["encoder"], "bare.pt")
+    SCRIPTS[method](tiny("--steps", 1, "--lr", 0, "--init", "bare.pt", out="third", method=method))
+    assert same(a["encoder"], checkpoint("third")["encoder"]) == []
+
+
+@scripts
+def test_compile_on_a_cpu(method, npz):
+    SCRIPTS[method](tiny("--steps", 2, "--precision", "fp32", "--log-every", 1, out="eager", method=method))
+    SCRIPTS[method](
+        tiny("--steps", 2, "--precision", "fp32", "--log-every", 1, "--compile", out="fused", method=method)
+    )
+    assert [*losses("fused").values()] == pytest.approx([*losses("eager").values()], rel=1e-3)
+    assert checkpoint("fused")["student"].keys() == checkpoint("eager")["student"].keys()  # no _orig_mod.
+
+
+@scripts
+def test_fp16_with_its_scaler(method, npz):
+    SCRIPTS[method](tiny("--steps", 3, "--precision", "fp16", "--log-every", 1, method=method))
+    assert checkpoint()["update"]["scaler"]["scale"] > 0
+
+
+# Wrong input: one line that names the thing and the mend, and exit code 2 -------------------------------------------
+
+
+@scripts
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["--data", "nowhere"], "--data nowhere"),
+        (["--data", "."], "no images in"),
+        (["--patch", "5", "--img-size", "16"], "not a multiple of --patch 5"),
+        (["--batch", "9", "--accumulate", "2"], "--batch 9 cannot be shared"),
+        (["--device", "cuda"], "--device cuda: not on this machine"),
+        (["--init", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["--init", "text.pt"], "text.pt is not a readable checkpoint"),
+        (["--init", "code.pt"], "it wants to run"),
+        (["--init", "wide.pt"], "another shape: dim 64 (here 32)"),
+        (["--out", "tiny.npz/run"], "cannot be written"),
+    ],
+)
+def test_wrong_input(method, npz, capsys, options, words):
+    if "cuda" in options and torch.cuda.is_available():
+        options, words = ["--device", "mps"], "--device mps: not on this machine"
+    (vit.Path("text.pt")).write_text("not a checkpoint")
+    torch.save(vit.ViT(16, 4, dim=64, depth=2, heads=2).state_dict(), "wide.pt")
+    torch.save({"model": functools.partial(print, "hello")}, "code.pt")
+    line = fails(SCRIPTS[method], tiny(*options, method=method), capsys)
+    assert words in line and line.count("error:") == 1
+
+
+@scripts
+def test_options_that_differ_from_the_run_in_the_folder(method, npz, capsys):
+    SCRIPTS[method](tiny("--steps", 2, method=method))
+    line = fails(SCRIPTS[method], tiny("--steps", 2, "--lr", 0.5, method=method), capsys)
+    assert "--lr" in line and "(now 0.5)" in line and "--init run/last.pt" in line
+    SCRIPTS[method](tiny("--steps", 3, "--workers", 1, method=method))  # these may change
+
+
+@scripts
+@pytest.mark.parametrize("damage", ["cut", "text", "foreign", "code"])
+def test_damaged_last_pt(method, npz, capsys, damage):
+    SCRIPTS[method](tiny("--steps", 2, method=method))
+    file = vit.Path("run/last.pt")
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:5000])
+    elif damage == "text":
+        file.write_text("hello")
+    elif damage == "foreign":
+        torch.save({"model": {}}, file)
+    else:
+        torch.save({"options": os.system}, file)
+    assert "last.pt is not a" in fails(SCRIPTS[method], tiny("--steps", 4, method=method), capsys)
+
+
+@scripts
+def test_full_disk_keeps_the_old_checkpoint(method, npz, capsys, monkeypatch):
+    SCRIPTS[method](tiny("--steps", 2, method=method))
+    before = vit.Path("run/last.pt").read_bytes()
+
+    def full(state, f):
+        f.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    line = fails(SCRIPTS[method], tiny("--steps", 4, method=method), capsys)
+    assert "No space left on device" in line and "untouched" in line
+    assert vit.Path("run/last.pt").read_bytes() == before and not vit.Path("run/last.pt.part").exists()
+
+
+@scripts
+def test_mends_with_a_warning(method, npz, capsys):
+    SCRIPTS[method](tiny("--epochs", 2, "--warmup", 5, batch=512, method=method))
+    err = capsys.readouterr().err
+    assert "only 64 images: --batch 64" in err and "--warmup 2" in err
+    assert log()[0]["args"]["batch"] == 64 and checkpoint()["step"] == 2
+
+
+@scripts
+def test_ten_loose_pictures_without_labels(method, capsys):
+    from PIL import Image
+
+    os.makedirs("mine/2024/été")
+    for i, img in enumerate(pictures(10)[0]):
+        Image.fromarray(img).save(f"mine/{i}.png" if i < 5 else f"mine/2024/été/{i}.jpg")
+    vit.Path("mine/9.png").write_bytes(b"\x89PNG broken")
+    result = SCRIPTS[method](tiny("--epochs", 1, data="mine", batch=512, method=method))
+    out, err = capsys.readouterr()
+    assert "no labels" in out and "knn" not in result and "skipped 1 unreadable images of 11: mine/9.png" in err
+
+
+@scripts
+def test_streamed_data_skips_broken_files_too(method, folder, monkeypatch):
+    streamed(monkeypatch)
+    vit.Path("photos/train/class0/000.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="unreadable image: .*000.png"):
+        SCRIPTS[method](tiny("--epochs", 1, "--workers", 0, data="photos", method=method))
+
+
+@scripts
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_and_non_square_input(method, channels):
+    import numpy as np
+
+    x = np.random.default_rng(0).integers(0, 256, (40, 16, 16, channels), dtype=np.uint8)
+    np.savez("bands.npz", images=x)
+    SCRIPTS[method](tiny("--steps", 2, "--img-size", 16, 8, data="bands.npz", method=method))
+    net, config = vit.load_encoder("run/last.pt", quiet=True)
+    assert net(torch.randn(1, channels, 16, 8)).shape == (1, 9, 32) and len(config["mean"]) == channels
+
+
+@scripts
+@pytest.mark.parametrize("preset", ["demo", "32", "96", "224"])
+def test_every_preset_takes_two_steps(method, npz, preset):
+    """With the preset's crops, temperatures and head; a smaller network, image and batch."""
+    options = [
+        "--data",
+        npz,
+        "--out",
+        "run",
+        "--preset",
+        preset,
+        "--size",
+        "test",
+        "--batch",
+        8,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+    ]
+    options += ["--img-size", 32, "--patch", 8] + (["--prototypes", 64, "--local-size", 16] if method == "dino" else [])
+    assert SCRIPTS[method]([*map(str, options)])["step"] == 2

@@ -1,0 +1,142 @@
+"""Every augmentation equals torchvision's for one image with the same numbers; the draws have the right ranges."""
+
+import pytest
+import torch
+import torchvision.transforms.v2.functional as T
+from torchvision.transforms import InterpolationMode
+
+import dino
+
+
+def images(n=6, side=24, seed=0):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [(24, 24), (32, 16), (9, 20)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_resize(size, flip):
+    imgs = images()
+    box = torch.tensor([[2, 3, 10, 14], [0, 0, 24, 24], [5, 1, 19, 4], [20, 20, 4, 4], [0, 9, 1, 2], [3, 3, 12, 12]])
+    ours = dino.crop_resize(imgs, box[:, None].float(), torch.full((6, 1), flip), size)
+    for i, (y, x, h, w) in enumerate(box.tolist()):
+        theirs = T.resized_crop(imgs[i], y, x, h, w, list(size), InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        torch.testing.assert_close(ours[i], T.horizontal_flip(theirs) if flip else theirs, rtol=0, atol=1e-4)
+
+
+def test_crop_resize_orders_views_before_images():
+    imgs, box = images(2), torch.tensor([[0, 0, 8, 8], [4, 6, 12, 10], [9, 9, 15, 15]]).float()
+    ours = dino.crop_resize(imgs, box.expand(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool), (8, 8)).unflatten(0, (3, 2))
+    for v in range(3):
+        alone = dino.crop_resize(imgs, box[v].expand(2, 1, 4), torch.zeros(2, 1, dtype=torch.bool), (8, 8))
+        torch.testing.assert_close(ours[v], alone, rtol=0, atol=1e-6)
+
+
+def each(op, x, values):
+    return torch.stack([op(img, v) for img, v in zip(x, values.tolist(), strict=True)])
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue", "gray", "solarize", "blur"])
+def test_color_operations(name):
+    x, factor = images(), torch.tensor([0.6, 0.8, 1.0, 1.1, 1.25, 1.4])
+    shift = torch.tensor([-0.1, -0.03, 0.0, 0.04, 0.1, 0.5])
+    f = factor.view(-1, 1, 1, 1)
+    if name == "brightness":
+        ours, theirs = (x * f).clamp(0, 1), each(T.adjust_brightness, x, factor)
+    elif name == "contrast":
+        ours, theirs = dino.blend(x, dino.gray(x).mean((2, 3), keepdim=True), f), each(T.adjust_contrast, x, factor)
+    elif name == "saturation":
+        ours, theirs = dino.blend(x, dino.gray(x), f), each(T.adjust_saturation, x, factor)
+    elif name == "hue":
+        ours, theirs = dino.shift_hue(x, shift.view(-1, 1, 1, 1)), each(T.adjust_hue, x, shift)
+    elif name == "gray":
+        ours, theirs = dino.blend(x, dino.gray(x), torch.zeros(6, 1, 1, 1)), T.rgb_to_grayscale(x, 3)
+    elif name == "solarize":
+        ours, theirs = torch.where(x >= 0.5, 1 - x, x), T.solarize(x, 0.5)
+    else:
+        sigma = torch.tensor([0.1, 0.4, 0.9, 1.3, 1.7, 2.0])
+        ours, theirs = (
+            dino.gaussian_blur(x, sigma, 6),
+            each(lambda i, s: T.gaussian_blur(i, [13, 13], [s, s]), x, sigma),
+        )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_hue_of_grey_and_pure_colours():
+    x = torch.tensor([[0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]]).view(6, 3, 1, 1)
+    shift = torch.full((6, 1, 1, 1), 1 / 3)
+    torch.testing.assert_close(dino.shift_hue(x, shift), each(T.adjust_hue, x, shift.flatten()), rtol=0, atol=1e-4)
+
+
+def test_no_blur_is_exact():
+    x = images()
+    torch.testing.assert_close(dino.gaussian_blur(x, torch.zeros(6), 6), x, rtol=0, atol=1e-6)
+
+
+def test_boxes_follow_random_resized_crop():
+    g = torch.Generator().manual_seed(0)
+    y, x, h, w = dino.draw_boxes((4000, 2), 32, (0.2, 0.6), 1.0, g).unbind(-1)
+    assert (y >= 0).all() and (x >= 0).all() and (y + h <= 32).all() and (x + w <= 32).all()
+    area, ratio = h * w / 32**2, w / h
+    assert 0.17 < area.min() and area.max() < 0.65 and abs(area.mean() - 0.4) < 0.01
+    assert 0.68 < ratio.min() and ratio.max() < 1.46 and abs(ratio.log().mean()) < 0.01
+    assert (y + h == 32).any() and (x == 0).any()  # the borders are reached
+
+
+def test_box_that_never_fits_is_the_whole_image():
+    box = dino.draw_boxes((50, 1), 8, (3.0, 4.0), 1.0, torch.Generator().manual_seed(0))
+    assert (box == torch.tensor([0.0, 0.0, 8.0, 8.0])).all()
+
+
+def draws(color, n=4000):
+    return dino.draw_views(
+        n, 2, 32, (32, 32), (0.4, 1), [1.0, 0.1], [0.0, 0.2], color, torch.Generator().manual_seed(1)
+    )
+
+
+def test_draws_are_the_published_augmentation():
+    d = draws(1.0)
+    share = lambda t: t.float().mean(0).tolist()
+    assert share(d["flip"]) == pytest.approx([0.5, 0.5], abs=0.03)
+    assert share(d["gray"] == 0) == pytest.approx([0.2, 0.2], abs=0.03)
+    assert share(d["sigma"] > 0) == pytest.approx([1.0, 0.1], abs=0.02)
+    assert share(d["solarize"]) == pytest.approx([0.0, 0.2], abs=0.02)
+    for name, low, high in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+    ):
+        t, neutral = d[name], 0.0 if name == "hue" else 1.0
+        assert low <= t.min() < low + 0.01 and high - 0.01 < t.max() <= high
+        assert share(t == neutral) == pytest.approx([0.2, 0.2], abs=0.03)
+        assert (t == neutral).equal(d["brightness"] == 1)  # jitter is all four or none
+
+
+def test_color_0_leaves_colours_alone():
+    d, imgs = draws(0.0, 6), (images(side=32) * 255).byte()
+    d["sigma"].zero_()
+    config = dict(mean=[0.0] * 3, std=[1.0] * 3)
+    plain = dino.crop_resize(imgs.float() / 255, d["box"], d["flip"], (24, 24))
+    torch.testing.assert_close(dino.augment(imgs, d, (24, 24), 0.1, config), plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_other_channel_counts(channels):
+    imgs, config = (
+        torch.randint(0, 256, (6, channels, 32, 32)).byte(),
+        dict(mean=[0.5] * channels, std=[0.2] * channels),
+    )
+    out = dino.augment(imgs, draws(1.0, 6), (16, 16), 0.1, config)
+    assert out.shape == (12, channels, 16, 16) and out.isfinite().all()
+
+
+def test_draws_do_not_depend_on_who_asks():
+    g = lambda: dino.seeded(3, 17)
+    whole = dino.draw_views(8, 2, 32, (32, 32), (0.4, 1), [1.0, 0.1], [0.0, 0.2], 1.0, g())
+    first, second = (dino.my_rows(whole, rank, 2, "cpu") for rank in (0, 1))
+    for k, v in whole.items():
+        assert torch.equal(torch.cat([first[k], second[k]]), v)
+    batches = [list(dino.batches(20, 8, 0, 5, 3, rank, world)) for world in (1, 2) for rank in range(world)]
+    assert [a[0] + b[0] for a, b in zip(batches[1], batches[2], strict=True)] == [x[0] for x in batches[0]]
+    assert list(dino.batches(20, 8, 3, 5, 3, 0, 1)) == batches[0][3:]  # a restart in the middle of an epoch
+    assert len({*batches[0][0][0], *batches[0][1][0]}) == 16  # an epoch repeats no image

@@ -1,0 +1,121 @@
+"""The network: equal to timm's both ways, any size, and its pieces agree with the whole."""
+
+import timm
+import pytest
+import torch
+
+import vit
+
+close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def net(**options):
+    torch.manual_seed(0)
+    model = vit.ViT(**dict(img_size=32, patch=8, **vit.SIZES["test"]) | options).eval()
+    for p in model.parameters():  # away from zero biases and unit gains
+        p.data += 0.05 * torch.randn_like(p)
+    return model.requires_grad_(False)
+
+
+def test_same_as_timm_both_ways():
+    ours = net()
+    theirs = timm.models.VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=0).eval()
+    theirs.norm.eps = 1e-6
+    x = torch.randn(3, 3, 32, 32)
+    theirs.load_state_dict(ours.state_dict())  # strict
+    close(ours(x), theirs.forward_features(x))
+    ours.load_state_dict(
+        timm.models.VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=0).state_dict()
+    )
+
+
+@pytest.mark.parametrize("size,patch,chans", [((32, 16), 8, 3), (28, 4, 1), ((8, 40), 8, 13)])
+def test_any_shape(size, patch, chans):
+    model = net(img_size=size, patch=patch, in_chans=chans)
+    h, w = (size, size) if isinstance(size, int) else size
+    x = torch.randn(2, chans, h, w)
+    assert model(x).shape == (2, 1 + h * w // patch**2, 32)
+    assert model(x[..., :patch, :patch]).shape == (2, 2, 32)  # positions are interpolated
+
+
+@pytest.mark.parametrize("side", range(8, 225, 8))
+def test_every_multiple_of_the_patch(side):
+    assert net()(torch.randn(1, 3, side, 2 * side)).shape == (1, 1 + 2 * (side // 8) ** 2, 32)
+
+
+def test_size_that_the_patch_does_not_divide():
+    with pytest.raises(ValueError, match="not a multiple of the patch, 8"):
+        net()(torch.randn(1, 3, 33, 32))
+
+
+def test_positions_at_the_native_size_are_the_parameters_and_elsewhere_bicubic():
+    model = net()
+    assert model.positions((4, 4)) is model.pos_embed
+    pos = model.pos_embed[0, 1:].T.reshape(1, 32, 4, 4)
+    expected = torch.nn.functional.interpolate(pos, size=(3, 7), mode="bicubic").flatten(2).transpose(1, 2)
+    close(model.positions((3, 7))[:, 1:], expected)
+
+
+def test_sincos_against_a_table():
+    x, y, dim = 3, 5, 8
+    expected = [
+        f(p * 10000 ** (-2 * i / 4))
+        for p in (x, y)
+        for f in (torch.sin, torch.cos)
+        for p in [torch.tensor(float(p))]
+        for i in range(2)
+    ]
+    close(vit.sincos(torch.tensor([y]), torch.tensor([x]), dim)[0], torch.stack(expected))
+    model = net(pos="sincos")
+    assert not model.pos_embed.requires_grad
+
+
+def test_cls_is_the_first_token_of_forward():
+    model, x = net(), torch.randn(3, 3, 32, 32)
+    close(model.cls(x), model(x)[:, 0])
+    close(model.encode(x, "mean"), model(x)[:, 1:].mean(1))
+    close(model.layers(x)[-1], model(x))
+
+
+def test_embed_keeps_the_chosen_patches_with_their_positions():
+    model, x = net(), torch.randn(3, 3, 32, 32)
+    keep = torch.stack([torch.randperm(16)[:5] for _ in range(3)])
+    close(model.embed(x, keep)[:, 1:], torch.stack([t[k] for t, k in zip(model.embed(x)[:, 1:], keep, strict=True)]))
+    conv = model.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # a linear layer on patches is the convolution
+    close(model.embed(x)[:, 1:], conv + model.pos_embed[:, 1:])
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_attention_gives_the_same_output_as_the_fused_kernel(layer):
+    model, x = net(), torch.randn(3, 3, 32, 16)
+    maps = model.attention(x, layer)
+    close(maps.sum(-1), torch.ones(3, 2, 9))
+    tokens = model.embed(x)
+    for block in model.blocks[:layer]:
+        tokens = block(tokens)
+    block = model.blocks[layer]
+    inner = block.norm1(tokens)
+    out = (maps @ block.attn.split(inner)[2]).transpose(1, 2).flatten(2)
+    close(block.attn.proj(out), block.attn(inner))
+
+
+def test_bf16_attention_on_a_cpu_agrees_with_the_fused_one():
+    model, x = net().bfloat16(), torch.randn(2, 3, 32, 32).bfloat16()
+    q, k, v = model.blocks[0].attn.split(model.embed(x))
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    fused = model.blocks[0].attn.proj(fused.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(model.blocks[0].attn(model.embed(x)), fused, rtol=0.03, atol=0.03)
+
+
+def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
+    torch.manual_seed(0)
+    y = vit.drop_path(torch.ones(20000, 1, 1), 0.25)
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75]) and abs(y.mean() - 1) < 0.02
+    model, x = net(drop_path=0.5), torch.randn(4, 3, 32, 32)
+    close(model(x), model(x))
+    assert not torch.allclose(model.train()(x), model(x))
+
+
+def test_mask_and_dropping_are_absent_from_evaluation():
+    model, x = net(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.encode(x), model.encode(x))
