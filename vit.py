@@ -357,11 +357,13 @@ def load_npz(file, split, label="labels"):
             own = f"{part}_images" in z
             images = z[f"{part}_images" if own else "images"]
             name = f"{part}_{label}" if own else label
-            labels = z[name] if name in z else None
+            labels = z.get(name)
     except KeyError:
         raise InputError(f"{file} holds neither {split}_images nor images: see --data in the help") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, MemoryError) as e:
         raise InputError(f"{file} is not a readable .npz of plain arrays ({e})") from None
+    if not isinstance(images, np.ndarray):  # numpy hands out a member that is no array as bytes
+        raise InputError(f"{file} is not a readable .npz of plain arrays")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
         raise InputError(f"{file}: images must be uint8 (N, H, W) or (N, H, W, C), not {images.dtype} {images.shape}")
     if images.ndim == 3:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, checkpoint, command, fails, log, losses, pictures, same, start, tensors, tiny
+from conftest import checkpoint, command, fails, log, losses, pictures, same, start, tensors, tiny
 
 import dino
 import vit

@@ -1,7 +1,7 @@
 """The network: equal to timm's both ways, any size, and its pieces agree with the whole."""
 
-import timm
 import pytest
+import timm
 import torch
 
 import vit

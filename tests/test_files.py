@@ -1,0 +1,375 @@
+"""Images and checkpoints: every layout, odd and hostile files, and the authors' formats."""
+
+import argparse
+import os
+import pickle
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import pictures
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import vit
+
+
+def save(name, img=None, **options):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    img = Image.fromarray(pictures(1, 32)[0][0]) if img is None else img
+    img.save(name, **options)
+    return name
+
+
+RED = np.zeros((8, 8, 3), np.uint8) + np.array([200, 20, 40], np.uint8)
+
+
+def test_demo_is_drawn_by_the_script_that_comes_with_it():
+    import make_demo
+
+    with np.load(vit.Path(vit.__file__).with_name("demo.npz")) as z:
+        stored = dict(z)
+    drawn = make_demo.make(n_train=160, n_test=40)  # another length gives other numbers: this only checks the kinds
+    assert drawn.keys() == stored.keys() and all(drawn[k].dtype == stored[k].dtype for k in drawn)
+    assert all(
+        np.bincount(stored[f"{s}_labels"]).ptp() == 0 if hasattr(np.ndarray, "ptp") else True for s in ("train", "test")
+    )
+    images = vit.load_images("demo.npz", "test")
+    assert images.side == 32 and len(images.classes) == 10 and len(images) == len(stored["test_images"])
+    assert len(vit.load_images("demo.npz", "test", label="shapes").classes) == 8
+    mask = np.unpackbits(stored["test_masks"][0]).reshape(32, 32).astype(bool)
+    warm = stored["test_images"][0][..., 0] > stored["test_images"][0][..., 2]  # shapes are yellow, the rest is blue
+    assert (warm == mask).all()
+
+
+@pytest.mark.slow
+def test_demo_is_reproduced_exactly():
+    import make_demo
+
+    drawn = make_demo.make()
+    with np.load(vit.Path(vit.__file__).with_name("demo.npz")) as z:
+        for k in z.files:
+            assert np.array_equal(z[k], drawn[k]), k
+
+
+@pytest.mark.parametrize(
+    "mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "1", "I;16", "I", "F", "palette with transparency"]
+)
+def test_every_mode_gives_correct_rgb(mode):
+    img = Image.fromarray(RED)
+    grey = round(0.299 * 200 + 0.587 * 20 + 0.114 * 40)
+    if mode in ("RGB", "CMYK"):
+        file, expected = save("x.tif", img.convert(mode)), (200, 20, 40)
+    elif mode == "P":
+        file, expected = save("x.png", img.quantize(4)), (200, 20, 40)
+    elif mode == "L":
+        file, expected = save("x.png", img.convert("L")), (grey,) * 3
+    elif mode == "1":
+        file, expected = save("x.png", Image.new("1", (8, 8), 1)), (255,) * 3
+    elif mode in ("RGBA", "LA"):  # half transparent over white
+        img.putalpha(128)
+        file = save("x.png", img.convert(mode))
+        expected = (227, 137, 147) if mode == "RGBA" else (round(grey * 128 / 255 + 127),) * 3
+    elif mode in ("I;16", "I"):
+        file = save("x.png", Image.fromarray(np.full((8, 8), 51 * 257, np.uint16)))
+        expected = (51,) * 3
+    elif mode == "F":
+        file = save("x.tif", Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)))
+        x = vit.decode(file, 8)
+        assert x[0, 0, 0] == 0 and x[0, -1, -1] == 255
+        return
+    else:
+        img = Image.new("P", (8, 8), 0)
+        img.putpalette([10, 20, 30])
+        file, expected = save("x.png", img, transparency=0), (255,) * 3
+    x = vit.decode(file, 8)
+    assert x.shape == (3, 8, 8) and x.dtype == torch.uint8
+    assert (x.float().mean((1, 2)) - torch.tensor(expected).float()).abs().max() <= 2
+
+
+def test_exif_rotation():
+    img = Image.fromarray(np.vstack([np.full((8, 8), 255, np.uint8), np.zeros((8, 8), np.uint8)]))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise: white is then on the right
+    img.convert("RGB").save("x.jpg", exif=exif, quality=95)
+    x = vit.decode("x.jpg", 8).float()
+    assert x.shape == (3, 8, 16) and x[..., 10:].mean() > 240 and x[..., :6].mean() < 15
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (3, 2), (640, 480), (9000, 2)])
+def test_odd_sizes(size):
+    x = vit.decode(save("x.png", Image.new("RGB", size, (9, 99, 199))), 16)
+    assert min(x.shape[1:]) == 16 and max(x.shape[1:]) <= 65
+    assert (
+        vit.square(x, 1.0).shape == (3, 16, 16)
+        and (vit.square(x, 0.0)[:, 0, 0].float() - torch.tensor([9.0, 99, 199])).abs().max() <= 1
+    )
+
+
+def test_squares_slide_along_the_long_side():
+    x = torch.arange(10).expand(3, 4, 10)
+    assert [vit.square(x, u)[0, 0, 0].item() for u in (0.0, 0.5, 1.0)] == [0, 3, 6]
+    assert vit.square(x.transpose(1, 2), 0.99).shape == (3, 4, 4)
+
+
+def test_animation_and_wrong_suffix_are_read_and_other_files_left_alone():
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    frames[0].save("a.gif", save_all=True, append_images=frames[1:])
+    save("b.bmp")
+    os.rename("b.bmp", "b.jpg")
+    Path("notes.txt").write_text("not an image")
+    Path(".hidden.png").write_bytes(b"")
+    images = vit.load_images(".", side=8, quiet=True)
+    assert len(images) == 2 and images[0, 0.5][:, 4, 4].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "bomb", "header"])
+def test_broken_images_are_skipped_counted_and_named(kind, capsys):
+    for i in range(9):
+        save(f"{i}.png")
+    good = Path("0.png").read_bytes()
+    if kind == "bomb":
+        Image.new("1", (30000, 20000)).save("bad.png")
+    else:
+        Path("bad.png").write_bytes(
+            {"truncated": good[:400], "empty": b"", "text": b"hello", "header": good[:20]}[kind]
+        )
+    images = vit.load_images(".", side=8)
+    assert len(images) == 9 and "skipped 1 unreadable images of 10: ./bad.png" in capsys.readouterr().err.replace(
+        os.getcwd(), "."
+    )
+
+
+def test_nothing_readable():
+    Path("bad.png").write_bytes(b"x")
+    with pytest.raises(vit.InputError, match=r"none of the .* images can be read, such as .*bad.png"):
+        vit.load_images(".", side=8, quiet=True)
+    with pytest.raises(vit.InputError, match="none of the first 1 images"):
+        vit.load_images(".")
+
+
+def test_layouts():
+    for split in ("train", "val"):
+        for name in ("cat", "dög"):
+            for i in range(3):
+                save(f"one/{split}/{name}/{i}.png")
+                save(f"two/{name}/{split}{i * 2}/{i}.png")
+                save(f"three/{split}/{i}.png")
+    images = vit.load_images("one", "test", 8, quiet=True)
+    assert len(images) == 6 and images.classes == ["cat", "dög"] and images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    train, test = (vit.load_images("two", s, 8, quiet=True) for s in ("train", "test"))
+    assert (len(train), len(test)) == (11, 1) and train.classes == ["cat", "dög"]
+    assert vit.load_images("three", "train", 8, quiet=True).labels is None
+    assert len(vit.load_images("three", "train", 8, quiet=True)) == 3
+    with pytest.raises(vit.InputError, match="no images in"):
+        os.makedirs("four/train/empty")
+        vit.load_images("four", "train", 8)
+
+
+def test_links_that_lead_back_and_folders_that_cannot_be_read():
+    save("a/x.png")
+    os.symlink("..", "a/loop")
+    os.makedirs("a/closed")
+    os.chmod("a/closed", 0)
+    assert len(vit.list_images("a")) == 1
+    os.chmod("a/closed", 0o700)
+
+
+def test_a_hundred_thousand_files_are_listed_in_two_seconds():
+    os.mkdir("many")
+    for i in range(100_000):
+        os.close(os.open(f"many/{i}.jpg", os.O_CREAT))
+    start = time.time()
+    assert len(vit.list_images("many")) == 100_000
+    assert time.time() - start < 2
+
+
+def test_npz_kinds():
+    x, y = pictures(20)
+    np.savez("medmnist.npz", train_images=x, train_labels=y[:, None], val_images=x[:4], val_labels=y[:4, None])
+    np.savez("grey.npz", images=x[..., 0], labels=np.array(["b", "a"] * 10))
+    np.savez("gaps.npz", train_images=x, train_labels=y * 50 - 7, test_images=x[:3], test_labels=y[:3] * 50 - 7)
+    np.savez("many.npz", train_images=x, train_labels=np.zeros((20, 5)))
+    assert len(vit.load_images("medmnist.npz", "test")) == 4  # val stands in for test
+    grey = vit.load_images("grey.npz")
+    assert grey.channels == 3 and len(grey) == 18 and grey.classes == ["a", "b"]
+    assert len(vit.load_images("grey.npz", "test")) == 2
+    assert vit.load_images("gaps.npz").labels.tolist() == y.tolist()
+    assert vit.load_images("many.npz").labels is None
+    assert vit.load_images("medmnist.npz", side=8).pixels.shape == (20, 3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["objects", "text", "floats", "no images", "zip", "empty"])
+def test_npz_that_is_wrong(kind):
+    x, y = pictures(4)
+    if kind == "objects":
+        np.savez("x.npz", images=np.array([print, x], dtype=object))
+    elif kind == "text":
+        Path("x.npz").write_text("hello")
+    elif kind == "floats":
+        np.savez("x.npz", images=x / 255)
+    elif kind == "no images":
+        np.savez("x.npz", labels=y)
+    elif kind == "empty":
+        np.savez("x.npz", images=x[:0])
+    else:
+        with zipfile.ZipFile("x.npz", "w") as z:
+            z.writestr("images.npy", b"not an array")
+    with pytest.raises(vit.InputError, match="x.npz"):
+        vit.load_images("x.npz")
+
+
+def test_image_side_is_that_before_resizing(folder, npz):
+    assert vit.image_side(folder) == vit.image_side(npz) == 16 and vit.image_side("demo.npz") == 32
+
+
+def test_stats_are_the_channels_mean_and_deviation(npz):
+    images = vit.load_images(npz)
+    x = images.pixels.double() / 255
+    mean, std = images.stats()
+    np.testing.assert_allclose(mean, x.mean((0, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(std, x.std((0, 2, 3)), rtol=1e-4)
+
+
+def test_prepare_at_the_native_size_is_normalisation_and_above_64_px_a_crop_of_7_8():
+    x = torch.randint(0, 256, (2, 3, 16, 16)).byte()
+    expected = (x / 255 - 0.5) / 0.25
+    torch.testing.assert_close(vit.prepare(x, [16, 16], [0.5] * 3, [0.25] * 3), expected)
+    ramp = torch.arange(256).byte().expand(1, 3, 256, 256)
+    out = vit.prepare(ramp, [224, 224], [0.0] * 3, [1.0] * 3)[0, 0, 0] * 255
+    torch.testing.assert_close(out, torch.arange(16, 240).float(), rtol=0, atol=1e-3)
+    assert vit.prepare(x, [32, 16], [0.0] * 3, [1.0] * 3).shape == (2, 3, 32, 16)
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def small():
+    torch.manual_seed(0)
+    return vit.ViT(32, 8, dim=192, depth=2, heads=3)
+
+
+def wrapped(how):
+    weights = small().state_dict()
+    prefix = {
+        "ddp": "module.",
+        "compiled": "_orig_mod.",
+        "dino": "module.backbone.",
+        "nested": "module._orig_mod.encoder.",
+    }
+    weights = {prefix.get(how, "") + k: v for k, v in weights.items()}
+    if how == "dino":
+        weights["module.head.mlp.0.weight"] = torch.zeros(2)
+        return {"student": {}, "teacher": weights, "args": argparse.Namespace(arch="vit_tiny"), "epoch": 3}
+    if how == "mae":
+        return {"model": dict(weights, mask_token=torch.zeros(1), **{"decoder_embed.weight": torch.zeros(2)})}
+    if how == "siameseim":
+        return {"model": {k: v for k, v in weights.items() if not k.startswith("norm.")}}
+    return weights
+
+
+@pytest.mark.parametrize("how", ["timm", "ddp", "compiled", "nested", "dino", "mae", "siameseim"])
+def test_encoders_of_all_kinds_are_read(how, capsys):
+    torch.save(wrapped(how), "x.pth")
+    net, config = vit.load_encoder("x.pth")
+    err = capsys.readouterr().err
+    total = len(net.state_dict())
+    assert f"{total}/{total} tensors of the ViT matched" in err and config["heads"] == 3 and config["patch"] == 8
+    assert ("not used: 1 (head.mlp.0.weight)" in err) == (how == "dino") and ("no final norm" in err) == (
+        how == "siameseim"
+    )
+    x, expected = torch.randn(2, 3, 32, 32), small().eval()
+    if how == "siameseim":
+        expected.norm = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected(x))
+
+
+def test_a_missing_tensor_is_refused_unless_told_otherwise():
+    weights = small().state_dict()
+    del weights["blocks.1.mlp.fc1.weight"]
+    weights["norm.bias"] = torch.zeros(7)
+    torch.save(weights, "x.pth")
+    with pytest.raises(vit.InputError, match=r"2 of \d+ tensors missing or of another shape.*fc1"):
+        vit.load_encoder("x.pth")
+    vit.load_encoder("x.pth", strict=False, quiet=True)
+    torch.save({"head.weight": torch.zeros(3)}, "y.pth")
+    with pytest.raises(vit.InputError, match="holds no ViT"):
+        vit.load_encoder("y.pth")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_a_checkpoint_never_runs_code(how):
+    if how == "pickle":
+        Path("x.pt").write_bytes(pickle.dumps({"encoder": Bomb()}))
+    else:
+        torch.save({"encoder": Bomb()}, "x.pt")
+    with pytest.raises(vit.InputError, match="refused|not a readable checkpoint"):
+        vit.load_encoder("x.pt")
+    assert not Path("pwned").exists()
+
+
+def test_saving_is_all_or_nothing():
+    vit.save_checkpoint("x.pt", {"a": torch.ones(3)})
+    with pytest.raises(vit.InputError, match="could not save"):
+        vit.save_checkpoint("missing/x.pt", {"a": torch.ones(3)})
+    assert os.listdir() == ["x.pt"] and vit.load_checkpoint("x.pt")["a"].sum() == 3
+
+
+def test_safetensors_carries_an_encoder_elsewhere():
+    from safetensors.torch import load_file, save_file
+
+    save_file({k: v.clone() for k, v in small().state_dict().items()}, "x.safetensors")
+    other = vit.ViT(32, 8, dim=192, depth=2, heads=3)
+    other.load_state_dict(load_file("x.safetensors"))
+
+
+# Fuzzing: whatever bytes are given, the loaders either work or say what is wrong --------------------------------------
+
+fuzz = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def seeds():
+    save("seed.png", Image.fromarray(RED))
+    save("seed.jpg", Image.fromarray(RED))
+    np.savez("seed.npz", images=pictures(3)[0])
+    torch.save(small().state_dict(), "seed.pt")
+    return [Path(f"seed.{s}").read_bytes() for s in ("png", "jpg", "npz", "pt")]
+
+
+@fuzz
+@given(
+    kind=st.integers(0, 3),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8),
+    cut=st.floats(0, 1),
+)
+def test_damaged_bytes(kind, edits, cut):
+    seed = bytearray(seeds()[kind])
+    for at, value in edits:
+        seed[int(at * (len(seed) - 1))] = value
+    data = bytes(seed[: max(1, int(cut * len(seed)))])
+    os.makedirs("f", exist_ok=True)
+    file = Path("f", ("x.png", "x.jpg", "x.npz", "x.pt")[kind])
+    file.write_bytes(data)
+    try:
+        if kind < 2:
+            vit.decode(str(file), 8)
+        elif kind == 2:
+            vit.load_images(str(file))
+        else:
+            vit.load_encoder(str(file), quiet=True)
+    except vit.InputError:
+        pass
+    except vit.BROKEN:
+        assert kind < 2
+    finally:
+        file.unlink()

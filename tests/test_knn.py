@@ -1,0 +1,77 @@
+"""k-NN: equal to a brute-force loop, any number of images and classes; the script itself."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails, start, tiny
+
+import dino
+import eval_knn
+import vit
+
+
+def brute_force(train, labels, test, wanted, k, temperature=0.07):
+    right = 0
+    for x, y in zip(test, wanted, strict=True):
+        similar = [
+            (x @ t / np.linalg.norm(x) / np.linalg.norm(t), label) for t, label in zip(train, labels, strict=True)
+        ]
+        votes = {}
+        for s, label in sorted(similar, reverse=True)[:k]:
+            votes[label] = votes.get(label, 0) + math.exp(s / temperature)
+        right += max(votes, key=votes.get) == y
+    return 100 * right / len(test)
+
+
+@pytest.mark.parametrize("m,n,classes", [(50, 7, 3), (30, 40, 2), (5, 1, 5), (200, 33, 7)])
+def test_equal_to_a_loop(m, n, classes):
+    rng = np.random.default_rng(m)
+    labels, wanted = rng.integers(0, classes, m), rng.integers(0, classes, n)
+    centers = rng.standard_normal((classes, 8))
+    train, test = (centers[t] + rng.standard_normal((len(t), 8)) for t in (labels, wanted))
+    args = [torch.tensor(t) for t in (train, labels, test, wanted)]
+    ours = vit.knn(*args, ks=(1, 5, 20, 200), chunk_bytes=1)  # a query at a time, and k above the number of images
+    for k in (1, 5, 20, 200):
+        assert ours[k][0] == pytest.approx(brute_force(train, labels, test, wanted, k))
+        assert ours[k][1] >= ours[k][0]
+    assert ours == vit.knn(*args, ks=(1, 5, 20, 200))
+
+
+def test_the_script(npz, capsys):
+    dino.main(tiny("--steps", 2))
+    capsys.readouterr()
+    result = eval_knn.main(["run/last.pt", "--dump", "f.npz", "--k", "1", "20", "200"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["knn"].keys() == {"pixels", "untrained", "cls", "mean"} and last["temperature"] == 0.07
+    assert {k: {str(n): v for n, v in r.items()} for k, r in result.items()} == last["knn"]
+    with np.load("f.npz") as z:
+        assert z["train_cls"].shape == (64, 32) and z["test_mean"].shape == (24, 32)
+        brute = brute_force(z["train_cls"], z["train_labels"], z["test_cls"], z["test_labels"], 20)
+    assert result["cls"][20] == pytest.approx(brute, abs=0.01)
+
+
+def test_two_processes_give_the_same(npz):
+    dino.main(tiny("--steps", 2))
+    one, two = (start("eval_knn.py", "run/last.pt", "--device", "cpu", processes=n) for n in (1, 2))
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert json.loads(one.stdout.splitlines()[-1])["knn"] == json.loads(two.stdout.splitlines()[-1])["knn"]
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ([], "no checkpoint given; `python dino.py` makes one"),
+        (["nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["x.pt", "--data", "bare.npz"], "has no labels"),
+        (["x.pt", "--data", "bands.npz"], "takes 3 channels, bands.npz has 2"),
+    ],
+)
+def test_wrong_input(npz, capsys, options, words):
+    torch.save(vit.ViT(16, 4, **vit.SIZES["test"]).state_dict(), "x.pt")
+    with np.load(npz) as z:
+        np.savez("bare.npz", images=z["train_images"])
+        np.savez("bands.npz", images=z["train_images"][..., :2], labels=z["train_labels"])
+    assert words in fails(eval_knn.main, options, capsys)
