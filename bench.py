@@ -12,6 +12,7 @@ Memory is the peak resident size less that just before the first step; on a GPU,
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -32,31 +33,29 @@ def get_args(argv=None):
     add("--size", choices=SIZES, default="tiny", help="width, depth and heads of the network")
     add("--patch", type=int, default=4, help="patch, px")
     add("--img-size", type=int, default=32, help="input of the network, px")
-    add("--local-size", type=int, default=16, help="side of the small crops, px")
-    add("--local-crops", type=int, default=6, help="small crops of an image")
-    add("--prototypes", type=int, default=4096, help="K, outputs of the head")
+    add("--local-size", type=int, default=16, help="their side, px")
+    add("--local-crops", type=int, default=6, help="small crops of an image, seen by the student only")
+    add("--prototypes", type=int, default=4096, help="K, outputs of the head; small data wants fewer")
     add("--batch", type=int, default=64, help="images in a step")
     add("--precision", nargs="+", default=["auto", "fp32"], choices=("auto", "fp32", "bf16", "fp16"), help="a row each")
     add("--against", metavar="DIR", help="a clone of facebookresearch/dino, to time beside ours")
     add("--steps", type=int, default=5, help="timed steps in a turn, after two that are not")
     add("--turns", type=int, default=3, help="turns of each row")
     add("--device", help="cuda, mps or cpu (the first that is there)")
-    add("--compile", action="store_true", help="torch.compile our networks")
+    add("--compile", action="store_true", help="torch.compile, for a GPU: a minute first, then faster")
     add("--row", help=argparse.SUPPRESS)  # what a process started by this one measures
     return p.parse_args(argv)
 
 
 def ours(args, device):
     """A function that does one step of dino.py on ready uint8 images."""
-    options = (
-        f"--preset 32 --device {device.type} --precision {args.precision} --size {args.size} --patch {args.patch} "
-    )
-    options += f"--img-size {args.img_size} --local-size {args.local_size} --local-crops {args.local_crops} --batch {args.batch} "
-    run = dino.get_args((options + f"--prototypes {args.prototypes} --data demo.npz").split())
+    options = ["--preset", "32", "--data", "demo.npz", "--device", device.type]
+    for name in ("precision", "size", "patch", "img_size", "local_size", "local_crops", "batch", "prototypes"):
+        options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    run = dino.get_args(options)
     shape = dict(SIZES[args.size], img_size=args.img_size, patch=args.patch)
-    student, teacher = (
-        dino.DINO(ViT(**shape, drop_path=p), dino.DINOHead(shape["dim"], args.prototypes)) for p in (0.1, 0)
-    )
+    make = lambda p: dino.DINO(ViT(**shape, drop_path=p), dino.DINOHead(shape["dim"], args.prototypes))
+    student, teacher = make(0.1), make(0.0)
     teacher.load_state_dict(student.state_dict())
     student, teacher = student.to(device), teacher.to(device).requires_grad_(False)
     if args.compile:
@@ -98,10 +97,10 @@ def authors(args, device):
     shape, dim = SIZES[args.size], SIZES[args.size]["dim"]
 
     def net(drop_path):
-        vit = vits.VisionTransformer(
-            img_size=[args.img_size], patch_size=args.patch, embed_dim=dim, depth=shape["depth"], num_heads=shape["heads"],
-            mlp_ratio=4, qkv_bias=True, norm_layer=lambda d: torch.nn.LayerNorm(d, eps=1e-6), drop_path_rate=drop_path,
-        )  # fmt: skip
+        size = dict(embed_dim=dim, depth=shape["depth"], num_heads=shape["heads"], mlp_ratio=4, qkv_bias=True)
+        norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
+        size |= dict(img_size=[args.img_size], patch_size=args.patch, norm_layer=norm, drop_path_rate=drop_path)
+        vit = vits.VisionTransformer(**size)
         return utils.MultiCropWrapper(vit, vits.DINOHead(dim, args.prototypes, norm_last_layer=True)).to(device)
 
     student, teacher = net(0.1), net(0.0)
@@ -176,12 +175,9 @@ def main(argv=None):
     result = dict(options=vars(args), threads=torch.get_num_threads(), torch=torch.__version__, rows={})
     base = statistics.median(t for turn in turns[rows[-1]] for t in turn["times"])
     base_memory = statistics.median(turn["memory"] for turn in turns[rows[-1]])
-    print(
-        f"ViT {args.size}/{args.patch}, {args.img_size} px, batch {args.batch}, 2+{args.local_crops} crops, K {args.prototypes}"
-    )
-    print(
-        f"{'':14}{'precision':>10}{'images/s':>10}{'ms/step':>9}{'MiB':>8}{'augment':>9}   speed, memory against {rows[-1]}"
-    )
+    crops = f"2+{args.local_crops} crops, K {args.prototypes}, batch {args.batch}"
+    print(f"ViT {args.size}/{args.patch}, {args.img_size} px, {crops}; speed and memory beside {rows[-1]}")
+    print(f"{'':14}{'precision':>10}{'images/s':>10}{'ms/step':>9}{'MiB':>8}{'augment':>9}")
     for row, seen in turns.items():
         ms = 1e3 * statistics.median(t for turn in seen for t in turn["times"])
         memory = statistics.median(turn["memory"] for turn in seen)

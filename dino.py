@@ -124,8 +124,8 @@ def draw_views(batch, views, side, size, scale, blur, solarize, color, g):
     blur, solarize: probability for each view. color: strength, 1 as published. Sigma: 0.1 to 2 px of a 224 px image.
     """
     shape = (batch, views)
-    rand = lambda: torch.rand(shape, generator=g)  # noqa: E731
-    around = lambda center, width: (center + color * width * (2 * rand() - 1)).where(jitter, center)  # noqa: E731
+    rand = lambda: torch.rand(shape, generator=g)
+    around = lambda center, width: (center + color * width * (2 * rand() - 1)).where(jitter, center)
     draws = dict(box=draw_boxes(shape, side, scale, size[1] / size[0], g), flip=rand() < 0.5)
     jitter = rand() < 0.8
     neutral = torch.tensor([1.0])
@@ -259,7 +259,7 @@ def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
     """Cross-entropy H(P_t(x), P_s(x')), mean over images and pairs of different views (section 3.1, equation 3).
 
     student (V, B, K), teacher (2, B, K): outputs before softmax, the two global views first; center (K,).
-    Returns the loss and the teacher's entropy h(P_t); loss - h is KL(P_t || P_s), which is 0 in a collapse (section 5.3).
+    Returns the loss and the teacher's entropy h(P_t); loss - h is KL(P_t || P_s), 0 in a collapse (section 5.3).
     As q sums to one, a pair's cross-entropy is logsumexp(z) - q·z: pairs are never formed.
     """
     t, z = (teacher - center) / teacher_temp, student / student_temp
@@ -342,11 +342,11 @@ def attention_mask(maps, mass=0.6):
 
 @torch.no_grad()
 def draw_attention(vit, x, config, file, tile=96):
-    """Two rows for each input of x (B, C, h, w): the CLS token's attention in the last block, and its 60 % mask, by head."""
+    """Two rows for each of x (B, C, h, w): the CLS token's attention in the last block, and its 60 % mask, by head."""
     maps = vit.attention(x)[:, :, 0, 1:]  # (B, H, N)
     size = [tile * s // max(x.shape[-2:]) for s in x.shape[-2:]]
-    grid = lambda t: rearrange(t.float(), "b h (i j) -> b h i j", i=x.shape[-2] // vit.patch)  # noqa: E731
-    zoom = lambda t, mode: F.interpolate(t, size=size, mode=mode)  # noqa: E731
+    grid = lambda t: rearrange(t.float(), "b h (i j) -> b h i j", i=x.shape[-2] // vit.patch)
+    zoom = lambda t, mode: F.interpolate(t, size=size, mode=mode)
     mean, std = (torch.tensor(config[k], device=x.device).view(-1, 1, 1) for k in ("mean", "std"))
     img = zoom((x * std + mean).clamp(0, 1)[:, [0, 1, 2] if x.shape[1] == 3 else [0, 0, 0]], "bicubic").clamp(0, 1)
     heat = zoom(grid(maps / maps.amax(dim=-1, keepdim=True)), "bicubic").clamp(0, 1)[:, :, None]
@@ -412,7 +412,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     shape = dict(SIZES[args.size], img_size=args.img_size, patch=args.patch, in_chans=train.channels)
-    make_head = lambda: DINOHead(shape["dim"], args.prototypes, args.hidden, norm_last_layer=args.norm_last_layer)  # noqa: E731
+    make_head = lambda: DINOHead(shape["dim"], args.prototypes, args.hidden, norm_last_layer=args.norm_last_layer)
     student = DINO(ViT(**shape, drop_path=args.drop_path), make_head()).to(device)
     teacher = DINO(ViT(**shape), make_head()).to(device).requires_grad_(False)
     center = torch.zeros(args.prototypes, device=device)

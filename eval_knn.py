@@ -5,8 +5,8 @@
     torchrun --nproc-per-node=2 eval_knn.py runs/dino-demo/last.pt --dump features.npz
 
 A test image is labelled by its k nearest training images, cosine similarity s, each voting with exp(s / T), T = 0.07
-(Wu et al., arXiv 1805.01978; DINO, arXiv 2104.14294, appendix F.1). Measured for the CLS token and the mean patch token,
-and for two yardsticks that a trained encoder should beat: raw centred pixels, and the same network untrained.
+(Wu et al., arXiv 1805.01978; DINO, arXiv 2104.14294, appendix F.1). Measured for the CLS token, the mean patch token,
+and two yardsticks that a trained encoder should beat: raw centred pixels, and the same network untrained.
 
 Differs from the authors' code: any number of test images and classes, k is at most the number of training images, no
 process group is needed; images above 64 px are resized to 8/7 of the input and cropped in the middle, as 256 to 224.

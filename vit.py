@@ -378,9 +378,9 @@ def load_images(data="demo.npz", split="train", side=None, max_bytes=2**31, quie
     """The images of one split ("train" or "test") as `Images`, squares of `side` px (None: as they are, .npz only).
 
     data: "demo.npz", any .npz, "cifar10", "cifar100" (downloaded into data/ on first use), a folder with train/ and
-    test/ (or val/) of class folders, a folder of class folders, or a folder of loose images at any depth. Where there
-    is no test split of its own but labels are, every tenth image is the test split. Sets of up to max_bytes once decoded are held in
-    memory. Raises InputError if nothing usable is there; broken files are skipped, counted and named.
+    test/ (or val/) of class folders, a folder of class folders, or a folder of loose images at any depth. Labelled
+    images without a test split of their own give every tenth image to it. Sets of up to max_bytes once decoded are held
+    in memory. Raises InputError if nothing usable is there; broken files are skipped, counted and named.
     """
     path = Path(data)
     if data in ("cifar10", "cifar100"):
@@ -602,10 +602,11 @@ def load_encoder(file, strict=True, quiet=False):
     return vit.eval(), config
 
 
-# -------------------------------------------------------------------------------- runs: options, devices, folder, log, k-NN
+# ---------------------------------------------------------------------------- runs: options, devices, folder, log, k-NN
 
 
 def common_options(p, presets):
+    """The options that every method script has; those marked * get their default from a preset."""
     add = p.add_argument
     add("--data", default="demo.npz", help="demo.npz, any .npz, cifar10, cifar100, or a folder of images")
     add("--out", help="folder for last.pt, log.jsonl and pictures; a run found there goes on (runs/<method>-<data>)")
@@ -723,7 +724,7 @@ def start_from(file, parts, vit, config):
 
 
 def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chunk_bytes=2**28):
-    """Weighted k-NN (Wu et al., arXiv 1805.01978; DINO, appendix F.1): a neighbour votes with exp(cosine / temperature).
+    """Weighted k-NN (Wu et al., arXiv 1805.01978; DINO, appendix F.1): a neighbour votes exp(cosine / temperature).
 
     train (M, D), test (N, D): features, any length. labels: int64, numbered from 0. Returns {k: (top-1, top-5)} in
     percent; k is at most M, and with fewer than 5 classes top-5 is among all.
@@ -755,7 +756,7 @@ def features(vit, images, config, device, dtype=torch.float32, batch=256, worker
 
 
 class Run:
-    """A training run's folder, `args.out`: last.pt, log.jsonl, pictures; one process at a time; resumed by its presence.
+    """A training run's folder, `args.out`: last.pt, log.jsonl, pictures; one process at a time; resumed if there.
 
     The lock is the system's and goes with the process, however that ends. Ctrl-C and SIGTERM set a flag, on which all
     processes agree; then they save and leave. Needs: begin() before the first step, steps() around the loop.
@@ -817,9 +818,9 @@ class Run:
             next((r["seconds"] for r in old[::-1] if "seconds" in r), 0.0),
         )
         self.say(
-            f"{config['method']}: {len(train)} images of {args.canvas} px, {args.size}/{args.patch}, {args.epochs} epochs of "
-            f"{self.steps_per_epoch} steps, batch {args.batch}, {device.type}, {args.precision}, {self.world} process"
-            f"{'es' * (self.world > 1)} -> {self.out}"
+            f"{config['method']}: {len(train)} images of {args.canvas} px, {args.size}/{args.patch}, "
+            f"{args.epochs} epochs of {self.steps_per_epoch} steps of {args.batch}, {device.type}, {args.precision}, "
+            f"{self.world} process{'es' * (self.world > 1)} -> {self.out}"
         )
         if self.first:
             self.say(f"goes on from step {self.first} of {self.stop}")
@@ -893,7 +894,7 @@ class Run:
         return knn(a, la.to(self.device), b, lb.to(self.device))[20][0]
 
     def steps(self, loader):
-        """Yields (step, images) and notes how long it waited for images. Ends at the last step, or when asked to stop."""
+        """Yields (step, images) and notes how long it waited for them. Ends at the last step, or when asked to stop."""
         loader, self.leave = iter(loader), False
         for step in range(self.first, self.stop):
             start = time.perf_counter()
@@ -920,7 +921,7 @@ class Run:
         return step == self.first or (step + 1) % self.args.log_every == 0 or step + 1 == self.stop or self.leave
 
     def log(self, step, row, skipped, warning=None):
-        """Adds what every run logs to `row` and writes it. skipped: steps with a non-finite gradient, in all and in a row."""
+        """Adds what every run logs to `row`, writes it. skipped: non-finite gradients, in all and in a row."""
         now = time.perf_counter()
         images, seconds = (step + 1 - self.counted) * self.args.batch, now - self.since
         if self.device.type == "cuda":
@@ -940,6 +941,9 @@ class Run:
         )
         if step == self.first:
             self.say(f"step {step + 1}: {show}")
+        elif step - self.first < 2 * self.args.log_every:
+            left = (self.stop - step) * self.args.batch / images * seconds / 60
+            self.say(f"step {step + 1}: {show}, about {left:.1f} minutes to go")
         self.bar.set_postfix_str(show + (f" knn {self.row['knn']:.1f}" if "knn" in self.row else ""))
         if warning and self.row.get("warning") != warning.split()[0]:
             self.say(f"warning at step {step + 1}: {warning}")
@@ -966,12 +970,29 @@ class Run:
                 self.row.update(row)
                 self.write(row)
                 self.say(f"epoch {row['epoch']:g}: k-NN {row['knn']:.1f} %")
+                self.draw_curve()
                 self.since += time.perf_counter() - start
             state = {k: p if torch.is_tensor(p) else p.state_dict() for k, p in self.parts.items()}
             encoder = {k: v.clone() for k, v in self.vit.state_dict().items()}
             state.update(step=step + 1, encoder=encoder, config=self.config, options=vars(self.args))
             save_checkpoint(self.out / "last.pt", state)
         self.saved = time.monotonic()
+
+    def draw_curve(self):
+        """curve.png: the loss, and k-NN accuracy beside its two yardsticks, over epochs."""
+        from matplotlib.figure import Figure  # takes half a second, and no display
+
+        rows, figure = self.rows(), Figure((8, 3), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for axes, key in ((left, "loss"), (right, "knn")):
+            axes.plot(*zip(*((r["epoch"], r[key]) for r in rows if r.get(key) is not None), strict=True))
+            axes.set(xlabel="epoch", title=dict(loss="loss", knn="k-NN accuracy, % (k = 20)")[key])
+        for key, style in (("knn_pixels", ":"), ("knn_untrained", "--")):
+            right.axhline(
+                rows[0][key], color="grey", linestyle=style, label=dict(knn_pixels="raw pixels").get(key, "untrained")
+            )
+        right.legend()
+        figure.savefig(self.out / "curve.png", dpi=100)
 
     def finish(self):
         """Prints and returns the result of a run that has reached its end."""

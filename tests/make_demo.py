@@ -31,7 +31,7 @@ def warp(rng):
 
 
 def texture(kind, x, y, rng):
-    """Two tones, -1 and 1, with a period of about 6 px, over warped coordinates: a turn and scale of its own everywhere."""
+    """Two tones, -1 and 1, with a period of about 6 px, over warped coordinates: turned and scaled anew everywhere."""
     u, v = (2 * np.pi / 6 * (t + warp(rng)) + rng.uniform(0, 2 * np.pi) for t in (x, y))
     near_u, near_v = (abs((t / (2 * np.pi)) % 1 - 0.5) for t in (u, v))  # 0 in the middle of a cell, 0.5 at its border
     if kind == "stripes":

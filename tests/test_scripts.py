@@ -1,4 +1,4 @@
-"""What holds for all scripts together: copies are identical, options mean the same, files stay readable, docs are true."""
+"""What holds for all scripts: copies are identical, options mean the same, files stay readable, docs are true."""
 
 import ast
 import collections
