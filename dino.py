@@ -256,24 +256,25 @@ class DINO(nn.Module):
 
 
 def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
-    """Cross-entropy H(P_t(x), P_s(x')), mean over images and pairs of different views (section 3.1, equation 3).
+    """Cross-entropy H(P_t(x), P_s(x')), mean over images and pairs of different views (section 3).
 
     student (V, B, K), teacher (2, B, K): outputs before softmax, the two global views first; center (K,).
-    Returns the loss and the teacher's entropy h(P_t); loss - h is KL(P_t || P_s), 0 in a collapse (section 5.3).
+    Returns the loss, the teacher's entropy h(P_t), and loss - h = KL(P_t || P_s), which is 0 in a collapse (section 5.3).
     As q sums to one, a pair's cross-entropy is logsumexp(z) - q·z: pairs are never formed.
     """
     t, z = (teacher - center) / teacher_temp, student / student_temp
     q, lse, pairs = t.softmax(dim=-1), z.logsumexp(dim=-1), len(t) * (len(z) - 1)
     agreement = (q * (z.sum(dim=0) - z[: len(t)])).sum(dim=(0, 2))  # each teacher view with all other student views
     loss = (len(t) * lse.sum(dim=0) - lse[: len(t)].sum(dim=0) - agreement).mean() / pairs
-    return loss, (t.logsumexp(dim=-1) - (q * t).sum(dim=-1)).mean()
+    entropy = (t.logsumexp(dim=-1) - (q * t).sum(dim=-1)).mean()
+    return loss, entropy, loss.detach() - entropy
 
 
 def train_step(student, teacher, center, update, imgs, draws, args, teacher_temp, momentum, config, loss_fn=dino_loss):
-    """One optimiser step: algorithm 1 of the paper with multi-crop (V views) and micro-batches.
+    """One optimiser step (section 3): V views of each image, the two global ones first, in micro-batches.
 
-    imgs: uint8 (B, C, S, S). draws: the numbers of global and of local views. update: see `make_update`.
-    Returns loss, teacher's entropy and gradient norm as tensors on the device, so that nothing waits for them.
+    imgs: uint8 (B, C, S, S). draws: what draw_views gave for the global and for the local views. update: an Update.
+    Returns (4,): loss, teacher's entropy, KL and gradient norm, still on the device, so that nothing waits for them.
     """
     total, batch_mean = 0, 0
     for x, d_global, d_local in zip(*(split_rows(t, args.accumulate) for t in (imgs, *draws)), strict=True):
@@ -285,13 +286,13 @@ def train_step(student, teacher, center, update, imgs, draws, args, teacher_temp
             with torch.no_grad():
                 t = teacher(views[:1]).float().unflatten(0, (2, len(x)))  # (2, B, K)
             s = student(views).float().unflatten(0, (-1, len(x)))  # (V, B, K)
-        loss, entropy = loss_fn(s, t, center, args.student_temp, teacher_temp)
+        loss, entropy, kl = loss_fn(s, t, center, args.student_temp, teacher_temp)
         update.backward(loss / args.accumulate)
-        total += torch.stack([loss.detach(), entropy]) / args.accumulate
+        total += torch.stack([loss.detach(), entropy, kl]) / args.accumulate
         batch_mean += t.mean(dim=(0, 1)) / args.accumulate
     ok, norm = update.step(clip_each=args.clip)  # ok is 0 where the gradient was not finite: then nothing moves
     ema_update(teacher, student, (1 - momentum) * ok)
-    moved = center.lerp(mean_over_processes(batch_mean), 1 - args.center_momentum)  # equation 4
+    moved = center.lerp(mean_over_processes(batch_mean), 1 - args.center_momentum)
     center.copy_(torch.where(ok > 0, moved, center))
     return torch.cat([total, norm[None]])
 
@@ -305,7 +306,7 @@ def mse_loss(student, teacher, center, *_):
 
 
 def infonce_loss(student, teacher, center, *_):
-    """Contrast with the other images of the batch (temperature 0.1) in place of the cross-entropy (Table 14)."""
+    """Contrast with the other images of the batch (temperature 0.1) in place of the cross-entropy, as MoCo (Table 7, row 8)."""
     return pairwise(
         student, teacher, center, lambda s, t: F.cross_entropy(s @ t.T / 0.1, torch.arange(len(s)).to(s.device))
     )
@@ -314,8 +315,7 @@ def infonce_loss(student, teacher, center, *_):
 def pairwise(student, teacher, center, loss):
     s, t = F.normalize(student, dim=-1), F.normalize(teacher - center, dim=-1)
     pairs = [loss(s[i], t[j]) for j in range(len(t)) for i in range(len(s)) if i != j]
-    _, entropy = dino_loss(student.detach(), teacher, center)
-    return sum(pairs) / len(pairs), entropy
+    return sum(pairs) / len(pairs), *dino_loss(student.detach(), teacher, center)[1:]
 
 
 def ablate(args):
@@ -387,16 +387,14 @@ def schedules(step, total, steps_per_epoch, args):
     )
 
 
-def collapse(loss, entropy, prototypes):
+def collapse(entropy, kl, prototypes):
     """A named warning once the teacher's output no longer depends on the image (KL = 0, section 5.3), else None."""
-    if loss - entropy > 0.01 * math.log(prototypes):
+    if kl > 0.01 * math.log(prototypes):
         return None
     kind = (
         "uniform: sharpen (lower --teacher-temp)" if entropy > 0.5 * math.log(prototypes) else "one prototype: centre"
     )
-    return (
-        f"COLLAPSED to {kind}; lower --lr or raise --momentum may help. KL {loss - entropy:.4f}, entropy {entropy:.3f}"
-    )
+    return f"COLLAPSED to {kind}; lower --lr or raise --momentum may help. KL {kl:.4f}, entropy {entropy:.3f}"
 
 
 @cli
@@ -446,10 +444,10 @@ def main(argv=None):
         stats = train_step(student, teacher, center, update, imgs, draws, args, teacher_temp, momentum, config, loss_fn)
 
         if run.log_due(step):  # here alone the host waits for the device
-            loss, entropy, norm = mean_over_processes(stats).tolist()
-            row = dict(loss=loss, entropy=entropy, kl=loss - entropy, grad_norm=norm, lr=lr)
+            loss, entropy, kl, norm = mean_over_processes(stats).tolist()
+            row = dict(loss=loss, entropy=entropy, kl=kl, grad_norm=norm, lr=lr)
             warm = step >= args.warmup * run.steps_per_epoch
-            run.log(step, row, update.skipped.tolist(), collapse(loss, entropy, args.prototypes) if warm else None)
+            run.log(step, row, update.skipped.tolist(), collapse(entropy, kl, args.prototypes) if warm else None)
         if run.save_due(step):
             run.save(step)
             if rank == 0:

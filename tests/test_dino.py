@@ -27,7 +27,8 @@ def test_loss_is_the_mean_cross_entropy_over_pairs_of_different_views(views):
                 if i != j:
                     pairs.append(-(p * F.log_softmax(s[j, b] / 0.1, dim=0)).sum())
                 entropies.append(-(p * p.clamp(min=1e-30).log()).sum())
-    loss, entropy = dino.dino_loss(s, t, c, 0.1, 0.04)
+    loss, entropy, kl = dino.dino_loss(s, t, c, 0.1, 0.04)
+    torch.testing.assert_close(kl, loss - entropy)
     torch.testing.assert_close(loss, torch.stack(pairs).mean(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy, torch.stack(entropies).mean(), rtol=1e-4, atol=1e-5)
 
@@ -35,15 +36,15 @@ def test_loss_is_the_mean_cross_entropy_over_pairs_of_different_views(views):
 def test_kl_vanishes_in_both_collapses():
     k = 32
     uniform = torch.zeros(4, 3, k)
-    loss, entropy = dino.dino_loss(uniform, uniform[:2], torch.zeros(k))
+    loss, entropy, _ = dino.dino_loss(uniform, uniform[:2], torch.zeros(k))
     assert loss.item() == pytest.approx(math.log(k), abs=1e-5) and entropy.item() == pytest.approx(
         math.log(k), abs=1e-5
     )
     one_hot = torch.zeros(4, 3, k).index_fill_(2, torch.tensor([5]), 10.0)
-    loss, entropy = dino.dino_loss(one_hot, one_hot[:2], torch.zeros(k))
+    loss, entropy, _ = dino.dino_loss(one_hot, one_hot[:2], torch.zeros(k))
     assert loss.item() == pytest.approx(0, abs=1e-5) and entropy.item() == pytest.approx(0, abs=1e-5)
-    assert "uniform" in dino.collapse(math.log(k), math.log(k), k) and "one prototype" in dino.collapse(0.0, 0.0, k)
-    assert dino.collapse(2.0, 1.5, k) is None
+    assert "uniform" in dino.collapse(math.log(k), 0.0, k) and "one prototype" in dino.collapse(0.0, 0.0, k)
+    assert dino.collapse(1.5, 0.5, k) is None
 
 
 @pytest.mark.parametrize("name", ["mse", "infonce"])
@@ -59,7 +60,7 @@ def test_other_losses_against_a_loop(name):
                 elif i != j:
                     similar = torch.stack([s2[j, b] @ t2[i, other] / 0.1 for other in range(3)])
                     pairs.append(-F.log_softmax(similar, dim=0)[b])
-    loss, _ = (dino.mse_loss if name == "mse" else dino.infonce_loss)(s, t, c)
+    loss, _, _ = (dino.mse_loss if name == "mse" else dino.infonce_loss)(s, t, c)
     torch.testing.assert_close(loss, torch.stack(pairs).mean(), rtol=1e-5, atol=1e-5)
 
 
