@@ -62,15 +62,14 @@ def ours(args, device):
         student.compile(), teacher.compile()
     update, center = dino.Update([student], device, args.precision), torch.zeros(args.prototypes, device=device)
     update.set(1e-4, 0.04)
-    config, side = dict(mean=[0.5] * 3, std=[0.25] * 3), args.img_size if args.img_size <= 64 else 2 * args.img_size
-    imgs = torch.randint(0, 256, (args.batch, 3, side, side), dtype=torch.uint8).to(device)
-    spent = {}
+    config, run.canvas = (
+        dict(mean=[0.5] * 3, std=[0.25] * 3),
+        args.img_size if args.img_size <= 64 else 2 * args.img_size,
+    )
+    imgs = torch.randint(0, 256, (args.batch, 3, run.canvas, run.canvas), dtype=torch.uint8).to(device)
 
     def draw(step):
-        g, size, local = dino.seeded(0, step), [args.img_size] * 2, [args.local_size] * 2
-        a = dino.draw_views(args.batch, 2, side, size, (0.4, 1), [1.0, 0.1], [0.0, 0.2], 1.0, g)
-        b = dino.draw_views(args.batch, args.local_crops, side, local, (0.05, 0.4), [0.5], [0.0], 1.0, g)
-        return [dino.my_rows(d, 0, 1, device) for d in (a, b)]
+        return [dino.my_rows(d, 0, 1, device) for d in dino.draw_crops(run, step)]
 
     def step(i):
         dino.train_step(student, teacher, center, update, imgs, draw(i), run, 0.04, 0.996, config)
@@ -80,8 +79,7 @@ def ours(args, device):
         dino.augment(imgs, a, [args.img_size] * 2, args.img_size / 224, config)
         dino.augment(imgs, b, [args.local_size] * 2, args.img_size / 224, config)
 
-    spent["augmentation"] = augmentation
-    return step, spent
+    return step, dict(augmentation=augmentation)
 
 
 def authors(args, device):

@@ -137,6 +137,15 @@ def draw_views(batch, views, side, size, scale, blur, solarize, color, g):
     return draws
 
 
+def draw_crops(args, step):
+    """All random numbers of a step, for the whole batch: those of the two global views, and of the local ones."""
+    g, side, local = seeded(args.seed, step), args.canvas, [args.local_size] * 2
+    return (
+        draw_views(args.batch, 2, side, args.img_size, args.global_scale, [1.0, 0.1], [0.0, 0.2], args.color, g),
+        draw_views(args.batch, args.local_crops, side, local, args.local_scale, [0.5], [0.0], args.color, g),
+    )
+
+
 def resize_weights(start, length, flip, out, side):
     """Rows that resample [start, start+length) of `side` pixels to `out`: (..., out, side), bicubic, antialiased.
 
@@ -259,7 +268,7 @@ def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
     """Cross-entropy H(P_t(x), P_s(x')), mean over images and pairs of different views (section 3).
 
     student (V, B, K), teacher (2, B, K): outputs before softmax, the two global views first; center (K,).
-    Returns the loss, the teacher's entropy h(P_t), and loss - h = KL(P_t || P_s), which is 0 in a collapse (section 5.3).
+    Returns the loss, the teacher's entropy h(P_t), and loss - h = KL(P_t || P_s), 0 in a collapse (section 5.3).
     As q sums to one, a pair's cross-entropy is logsumexp(z) - q·z: pairs are never formed.
     """
     t, z = (teacher - center) / teacher_temp, student / student_temp
@@ -306,10 +315,9 @@ def mse_loss(student, teacher, center, *_):
 
 
 def infonce_loss(student, teacher, center, *_):
-    """Contrast with the other images of the batch (temperature 0.1) in place of the cross-entropy, as MoCo (Table 7, row 8)."""
-    return pairwise(
-        student, teacher, center, lambda s, t: F.cross_entropy(s @ t.T / 0.1, torch.arange(len(s)).to(s.device))
-    )
+    """Contrast with the other images of the batch (temperature 0.1), as MoCo, in place of it (Table 7, row 8)."""
+    same = torch.arange(student.shape[1], device=student.device)
+    return pairwise(student, teacher, center, lambda s, t: F.cross_entropy(s @ t.T / 0.1, same))
 
 
 def pairwise(student, teacher, center, loss):
@@ -431,16 +439,7 @@ def main(argv=None):
         lr, weight_decay, momentum, teacher_temp = schedules(step, run.total, run.steps_per_epoch, args)
         update.set(lr, weight_decay)
         student.head.prototypes.requires_grad_(step >= args.freeze_last_layer * run.steps_per_epoch)
-        g, local_size = seeded(args.seed, step), [args.local_size] * 2
-        draws = (
-            draw_views(
-                args.batch, 2, args.canvas, args.img_size, args.global_scale, [1.0, 0.1], [0.0, 0.2], args.color, g
-            ),
-            draw_views(
-                args.batch, args.local_crops, args.canvas, local_size, args.local_scale, [0.5], [0.0], args.color, g
-            ),
-        )
-        draws = [my_rows(d, rank, world, device) for d in draws]
+        draws = [my_rows(d, rank, world, device) for d in draw_crops(args, step)]
         stats = train_step(student, teacher, center, update, imgs, draws, args, teacher_temp, momentum, config, loss_fn)
 
         if run.log_due(step):  # here alone the host waits for the device
