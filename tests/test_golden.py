@@ -1,5 +1,6 @@
 """Equal to the authors' own code: numbers computed by running it, on networks whose every parameter was perturbed."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import dino
+import mae_pcae
 import vit
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -67,3 +69,85 @@ def test_knn():
     ours = vit.knn(z["train"], z["train_labels"], z["test"], z["test_labels"], ks, float(z["temperature"]))
     for k in ks:
         np.testing.assert_allclose(ours[k], z[f"top_k{k}"].numpy(), atol=1e-3)
+
+
+def mae_options(z, **more):
+    size, patch, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = z["config"].tolist()
+    options = dict(patch=patch, decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=decoder_heads)
+    options |= dict(mask_ratio=float(z["mask_ratio"]), norm_pix=True, stages=None, keep=0.5, criterion="unit")
+    shape = dict(img_size=size, patch=patch, in_chans=3, dim=dim, depth=depth, heads=heads)
+    return shape, argparse.Namespace(**options | more)
+
+
+def own_names(weights):
+    """The authors' names of MAE's parameters as ours: the encoder's lie under vit."""
+    own = ("mask_token", "decoder")
+    return {k if k.startswith(own) else f"vit.{k}": v for k, v in weights.items()}
+
+
+@pytest.mark.parametrize("norm_pix", [0, 1])
+def test_mae(norm_pix):
+    z, weights = golden("mae")
+    net = mae_pcae.MAE(*mae_options(z, norm_pix=bool(norm_pix)))
+    net.load_state_dict(own_names(weights))
+    visible, hidden = mae_pcae.random_masking(z["noise"], float(z["mask_ratio"]))
+    mask = torch.ones_like(z["mask"]).scatter(1, visible, 0.0)
+    assert torch.equal(mask, z["mask"])
+    latent = net.encode(z["x"], visible)
+    torch.testing.assert_close(latent, z["latent"], rtol=1e-5, atol=1e-5)
+    everywhere = torch.cat([visible, hidden], dim=1)  # the decoder's output at every patch, put back in order
+    pred = mae_pcae.take(decode_all(net, latent, visible, hidden), everywhere.argsort(dim=1))
+    torch.testing.assert_close(pred, z["pred"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mae_pcae.patchify(z["x"], net.patch), z["patches"], rtol=0, atol=0)
+    loss, _, _ = net(z["x"], z["noise"])
+    torch.testing.assert_close(loss, z[f"loss_norm{norm_pix}"], rtol=1e-5, atol=1e-5)
+    loss.backward()
+    grad = net.vit.patch_embed["proj"].weight.grad
+    torch.testing.assert_close(grad, z[f"grad_patch_embed_norm{norm_pix}"], rtol=1e-4, atol=1e-6)
+
+
+def decode_all(net, latent, visible, hidden):
+    """The decoder's output at visible and hidden patches (decode gives the hidden ones alone)."""
+    pos = net.decoder_pos_embed.expand(len(latent), -1, -1)
+    x = torch.cat([net.decoder_embed(latent), net.mask_token.expand(len(latent), hidden.shape[1], -1)], dim=1)
+    x = x + torch.cat([pos[:, :1], mae_pcae.take(pos[:, 1:], torch.cat([visible, hidden], dim=1))], dim=1)
+    for block in net.decoder_blocks:
+        x = block(x)
+    return net.decoder_pred(net.decoder_norm(x))[:, 1:]
+
+
+def pcae_net(z, stages=None):
+    arrays = {k: v for k, v in z.items()}
+    net = mae_pcae.PCAE(*mae_options(z, stages=stages))
+    weights = own_names({k[8:]: v for k, v in arrays.items() if k.startswith("student/")})
+    weights |= {f"teacher.{k[8:]}": v for k, v in arrays.items() if k.startswith("teacher/")}
+    net.load_state_dict(weights)
+    return net
+
+
+@pytest.mark.parametrize("case,rule", [(0, lambda i: 2 * i), (1, lambda i: 2 * (i + 1) - 1), (3, lambda i: i)])
+def test_pcae_keeps_the_same_tokens(case, rule):
+    z, _ = golden("pcae")
+    net = pcae_net(z, [rule(i) for i in range(3)])
+    visible, hidden = mae_pcae.random_masking(z["noise"], float(z["mask_ratio"]))
+    assert torch.equal(visible.sort()[0], z["student_kept"].sort()[0])
+    _, left = net.compress(z["x"], hidden)
+    assert torch.equal(left[-1].sort()[0], z[f"teacher_kept_case{case}"].sort()[0])
+    assert [index.shape[1] for index in left] == [24, 12, 6]
+
+
+def test_pcae():
+    z, _ = golden("pcae")
+    net = pcae_net(z)
+    visible, hidden = mae_pcae.random_masking(z["noise"], float(z["mask_ratio"]))
+    latent, left = net.compress(z["x"], hidden)
+    order, theirs = left[-1].argsort(dim=1), z["teacher_kept_case0"].argsort(dim=1)
+    for ours, name in ((latent, "teacher_latent"), (mae_pcae.standardise(latent), "target")):
+        torch.testing.assert_close(mae_pcae.take(ours, order), mae_pcae.take(z[name], theirs), rtol=1e-5, atol=1e-5)
+    pred = net.decode(net.encode(z["x"], visible), visible, left[-1])
+    torch.testing.assert_close(mae_pcae.take(pred, order), mae_pcae.take(z["pred"], theirs), rtol=1e-5, atol=1e-5)
+    loss, _, _ = net(z["x"], z["noise"])
+    torch.testing.assert_close(loss, z["loss"], rtol=1e-5, atol=1e-5)
+    loss.backward()
+    torch.testing.assert_close(net.vit.patch_embed["proj"].weight.grad, z["grad_patch_embed"], rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in net.teacher.parameters())
