@@ -77,8 +77,14 @@ def get_args(argv=None):
     common_options(p, PRESETS)
     add = p.add_argument
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end of its cosine")
-    add("--weight-decay", type=float, nargs=2, default=[0.04, 0.4], help="at the beginning and at the end, cosine")
-    add("--clip", type=float, default=3.0, help="limit of the gradient norm of each parameter tensor")
+    add(
+        "--weight-decay",
+        type=float,
+        nargs=2,
+        default=[0.04, 0.4],
+        help="but of biases and norms; from, to, by a cosine",
+    )
+    add("--clip", type=float, default=3.0, help="gradient norm limit, 0: none (DINO: of each tensor; others: of all)")
     add("--prototypes", type=int, help="* K, outputs of the head; small data wants fewer")
     add("--hidden", type=int, help="* width of the head's hidden layers")
     add("--norm-last-layer", action=argparse.BooleanOptionalAction, default=True, help="unit prototypes: more stable")
@@ -365,7 +371,7 @@ def draw_attention(vit, x, config, file, tile=96):
     save_image(make_grid(rows.flatten(0, 2).cpu(), nrow=1 + maps.shape[1], padding=2, pad_value=1), file)
 
 
-def draw_files(args, device):
+def attention_files(args, device):
     """--attention: the pictures for image files of the user's, from the encoder in --out."""
     vit, config = load_encoder(Path(args.out) / "last.pt")
     for name in args.attention:
@@ -410,7 +416,7 @@ def main(argv=None):
     args = get_args(argv)
     device, rank, world = launch(args)
     if args.attention:
-        return draw_files(args, device)
+        return attention_files(args, device)
     loss_fn = ablate(args)
     run = Run(args, rank, world)
     train, test = load_splits(args, rank)

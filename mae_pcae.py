@@ -10,8 +10,8 @@ openreview 8T4qmZbTkW7.
     torchrun --nproc-per-node=2 mae_pcae.py --data photos/    # several processes, same result
     python mae_pcae.py --reconstruct cat.jpg                  # what the run above makes of a picture of yours
 
-The idea of MAE. Hide three quarters of the patches; the encoder sees only the rest, so it is cheap; a small decoder gets
-its output and a mask token for each hidden patch, and must paint what was there. Recognising makes that easier.
+The idea of MAE. Hide three quarters of the patches; the encoder sees only the rest, so it is cheap; a small decoder
+gets its output and a mask token for each hidden patch, and must paint what was there. Recognising makes that easier.
 
 The idea of PCAE. Predict features in place of pixels, those of a momentum encoder that sees exactly the patches the
 student does not. Tokens of an image are redundant: the momentum encoder drops, stage by stage, those most like the mean
@@ -20,10 +20,10 @@ token, whose content attention has by then spread to others. The student predict
 Differs from the authors' code:
 - Crops and flips run on the device, for the whole batch, without rounding to 8 bits; images above 64 px come as random
   squares, --canvas px wide. Mean and std are those of the data at hand.
-- MAE: weights of any size, patch, channel count and non-square input. Masked pixels only are compared, as theirs.
+- Linear layers start from a truncated normal of 0.02, as in vit.py (theirs: Xavier-uniform).
 - PCAE: the paper's criterion, cosine to the mean token (theirs: to the mean of unit vectors, --criterion unit). The
   teacher always starts as a copy of the student and moves once in an optimiser step (theirs: copied only when
-  distributed, moved in every micro-batch). The prediction has the width of the encoder (theirs: that of a patch's pixels).
+  distributed, moved in every micro-batch). Predictions have the encoder's width (theirs: that of a patch's pixels).
 - A non-finite gradient skips the step. --batch counts all processes and micro-batches.
 """
 
@@ -62,14 +62,14 @@ from vit import (
 # --------------------------------------------------------------------------------------------------- options, presets
 
 PRESETS = {  # chosen by the size of the images; "224" is the papers' ViT-B/16
-    "demo": dict(size="nano", patch=4, img_size=32, epochs=40, warmup=4, batch=64, lr=4e-3, decoder_dim=64,
-                 decoder_depth=2, decoder_heads=4, drop_path=0.0, momentum=0.98),
-    "32": dict(size="tiny", patch=4, img_size=None, epochs=400, warmup=20, batch=512, lr=1e-3, decoder_dim=128,
-               decoder_depth=4, decoder_heads=4, drop_path=0.0, momentum=0.996),
-    "96": dict(size="small", patch=8, img_size=96, epochs=400, warmup=20, batch=512, lr=3e-4, decoder_dim=256,
-               decoder_depth=4, decoder_heads=8, drop_path=0.0, momentum=0.996),
-    "224": dict(size="base", patch=16, img_size=224, epochs=400, warmup=40, batch=4096, lr=1.5e-4, decoder_dim=512,
-                decoder_depth=8, decoder_heads=16, drop_path=0.0, momentum=0.9999),
+    "demo": dict(size="nano", patch=4, img_size=32, epochs=20, warmup=2, batch=64, lr=8e-3, mask_ratio=0.5,
+                 decoder_dim=64, decoder_depth=2, decoder_heads=4, drop_path=0.0, momentum=0.98),
+    "32": dict(size="tiny", patch=4, img_size=None, epochs=400, warmup=20, batch=512, lr=1e-3, mask_ratio=0.75,
+               decoder_dim=128, decoder_depth=4, decoder_heads=4, drop_path=0.0, momentum=0.996),
+    "96": dict(size="small", patch=8, img_size=96, epochs=400, warmup=20, batch=512, lr=3e-4, mask_ratio=0.75,
+               decoder_dim=256, decoder_depth=4, decoder_heads=8, drop_path=0.0, momentum=0.996),
+    "224": dict(size="base", patch=16, img_size=224, epochs=400, warmup=40, batch=4096, lr=1.5e-4, mask_ratio=0.75,
+                decoder_dim=512, decoder_depth=8, decoder_heads=16, drop_path=0.0, momentum=0.9999),
 }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def get_args(argv=None):
     common_options(p, PRESETS)
     add = p.add_argument
     add("--method", choices=METHODS, default="mae", help="mae: pixels; pcae: features of a momentum encoder")
-    add("--mask-ratio", type=float, default=0.75, help="share of the patches that the encoder does not see")
+    add("--mask-ratio", type=float, help="* share of the patches that the encoder does not see")
     add("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="MAE: each patch's pixels standardised")
     add("--decoder-dim", type=int, help="* width of the decoder")
     add("--decoder-depth", type=int, help="* blocks of the decoder")
@@ -87,9 +87,15 @@ def get_args(argv=None):
     add("--keep", type=float, default=0.5, help="PCAE: share of the tokens that a stage keeps")
     add("--criterion", choices=CRITERIA, default="mean", help="PCAE: what a token's redundancy is; random drops any")
     add("--momentum", type=float, help="* of the teacher at the beginning, 1 at the end; short runs want less")
-    add("--clip", type=float, default=0.0, help="limit of the norm of all gradients together; 0: none")
+    add("--clip", type=float, default=0.0, help="gradient norm limit, 0: none (DINO: of each tensor; others: of all)")
     add("--min-lr", type=float, default=0.0, help="learning rate at the end of its cosine")
-    add("--weight-decay", type=float, default=0.05, help="of all but biases and norms")
+    add(
+        "--weight-decay",
+        type=float,
+        nargs=2,
+        default=[0.05, 0.05],
+        help="but of biases and norms; from, to, by a cosine",
+    )
     add("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], help="area of the crop, share of image")
     add("--reconstruct", nargs="+", metavar="IMAGE", help="draw what the run in --out makes of these files, and stop")
     args = p.parse_args(argv)
@@ -180,16 +186,6 @@ def unpatchify(x, patch, grid):
 # ----------------------------------------------------------------------------------------------------- models, losses
 
 
-def xavier_init(module):
-    """MAE's initialisation: Xavier-uniform weights, zero biases; the patch embedding as the linear layer that it is."""
-    for m in module.modules():
-        if isinstance(m, nn.Linear):
-            nn.init.xavier_uniform_(m.weight)
-            nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.Conv2d):
-            nn.init.xavier_uniform_(m.weight.data.flatten(1))
-
-
 def standardise(x):
     """Every token to mean 0 and variance 1 over its entries (MAE's normalised pixels; PCAE's target)."""
     return (x - x.mean(dim=-1, keepdim=True)) / (x.var(dim=-1, keepdim=True) + 1e-6).sqrt()
@@ -210,9 +206,11 @@ class MAE(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(dim, args.decoder_heads) for _ in range(args.decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dim, out or args.patch**2 * shape["in_chans"])
-        xavier_init(self)
-        nn.init.normal_(self.vit.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
+        for m in [self.decoder_embed, *self.decoder_blocks.modules(), self.decoder_pred]:
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def encode(self, imgs, visible):
         """(B, C, height, width), visible (B, n) -> (B, 1+n, D)."""
@@ -329,7 +327,7 @@ def train_step(net, update, imgs, draws, args, momentum, config):
 
 @torch.no_grad()
 def draw(net, x, config, file, tile=96):
-    """For each of x (B, C, h, w): MAE's masked, reconstructed and original image, or PCAE's surviving tokens by stage."""
+    """For each of x (B, C, h, w): MAE's masked, reconstructed, original image, or PCAE's surviving tokens by stage."""
     noise = torch.rand((len(x), math.prod(net.vit.grid)), generator=seeded(0, 0)).to(x.device)
     visible, hidden = random_masking(noise, net.mask_ratio)
     patches = patchify(x, net.patch)
@@ -353,7 +351,7 @@ def draw(net, x, config, file, tile=96):
     save_image(make_grid(F.interpolate(rows, size=size).cpu(), nrow=len(columns), padding=2, pad_value=1), file)
 
 
-def draw_files(args, device):
+def reconstruct_files(args, device):
     """--reconstruct: the pictures for image files of the user's, from the run in --out."""
     file = Path(args.out) / "last.pt"
     state = load_checkpoint(file)
@@ -394,7 +392,7 @@ def main(argv=None):
     args = get_args(argv)
     device, rank, world = launch(args)
     if args.reconstruct:
-        return draw_files(args, device)
+        return reconstruct_files(args, device)
     run = Run(args, rank, world)
     train, test = load_splits(args, rank)
     check_plan(args, len(train), world, rank)
@@ -418,7 +416,7 @@ def main(argv=None):
     keys = batches(len(train), args.batch, run.first, run.stop, args.seed, rank, world)
     for step, imgs in run.steps(stream(train, keys, device, args.workers)):
         lr = cosine(step, run.total, args.lr * args.batch / 256, args.min_lr, args.warmup * run.steps_per_epoch)
-        update.set(lr, args.weight_decay)
+        update.set(lr, cosine(step, run.total, *args.weight_decay))
         momentum = cosine(step, run.total, args.momentum, 1.0)
         draws = my_rows(draw_numbers(args, step), rank, world, device)
         stats = train_step(net, update, imgs, draws, args, momentum, config)

@@ -52,7 +52,12 @@ def folder(tmp_path):
     return "photos"
 
 
-OWN = {"dino": "--prototypes 64 --hidden 32 --local-crops 2 --local-size 8"}  # keeps a method's own parts small
+SMALL = "--decoder-dim 16 --decoder-depth 2 --decoder-heads 2"
+OWN = {  # keeps a method's own parts small
+    "dino": "--prototypes 64 --hidden 32 --local-crops 2 --local-size 8",
+    "mae": SMALL,
+    "pcae": f"{SMALL} --method pcae --momentum 0.9 --stages 0 1",
+}
 
 
 def tiny(*more, data="tiny.npz", batch=8, out="run", method="dino"):
@@ -79,6 +84,11 @@ def tensors(x, name=""):
 
 def checkpoint(out="run"):
     return torch.load(Path(out, "last.pt"), weights_only=True)
+
+
+def networks(out="run"):
+    """The weights and running state of a run, without options, optimiser and step."""
+    return {k: v for k, v in checkpoint(out).items() if k in ("student", "teacher", "center", "net")}
 
 
 def same(a, b):

@@ -1,9 +1,10 @@
 """Draws demo.npz: 32 px images to try self-supervised learning on in minutes. `python tests/make_demo.py demo.npz`
 
-An image is one of ten textures, the class, under a few copies of one of eight shapes, the second label. Textures have
-two tones in equal shares and a random phase, turn and period; shapes have a random place, turn, size and lightness. So
-neither can be told by comparing pixels, nor by the mean colour of a patch. Colours are the same in all images: were
-they random for each image, a contrastive method would learn the colours and nothing else.
+An image is a quilt of four pieces of one of ten textures, the class, under two copies of one of eight shapes, the
+second label. Each piece has its own turn, period and phase, and each shape its own place, turn, size and lightness: so
+class and shape are all that two crops of an image have in common, comparing pixels finds neither, and a hidden patch
+can be guessed from its neighbours. Colours are the same in all images: were they random for each image, a contrastive
+method would learn the colours and nothing else.
 
 Arrays (train_ and test_ each): images uint8 (N, 32, 32, 3), labels (the texture), shapes, masks (N, 128) bit-packed.
 """
@@ -21,18 +22,11 @@ def turned(x, y, t):
     return np.cos(t) * x + np.sin(t) * y, np.cos(t) * y - np.sin(t) * x
 
 
-def warp(rng):
-    """A smooth random displacement, px, about 5 in size, that changes within a dozen px."""
-    coarse, weights = rng.normal(0, 6.8, (7, 7)), np.zeros((SIDE * FINE, 7))
-    for i in range(SIDE * FINE):
-        d = abs(i / (SIDE * FINE - 1) * 4 + 1 - np.arange(7))
-        weights[i] = np.where(d < 1, 2 / 3 - d**2 + d**3 / 2, np.clip(2 - d, 0, None) ** 3 / 6)  # cubic B-spline
-    return weights @ coarse @ weights.T
-
-
 def texture(kind, x, y, rng):
-    """Two tones, -1 and 1, with a period of about 6 px, over warped coordinates: turned and scaled anew everywhere."""
-    u, v = (2 * np.pi / 6 * (t + warp(rng)) + rng.uniform(0, 2 * np.pi) for t in (x, y))
+    """Two tones, -1 and 1, over coordinates in px, with a random turn, period and phase."""
+    u, v = turned(x, y, rng.uniform(0, 2 * np.pi))
+    period = rng.uniform(5, 8)
+    u, v = (2 * np.pi / period * t + rng.uniform(0, 2 * np.pi) for t in (u, v))
     near_u, near_v = (abs((t / (2 * np.pi)) % 1 - 0.5) for t in (u, v))  # 0 in the middle of a cell, 0.5 at its border
     if kind == "stripes":
         light = np.sin(u)
@@ -85,7 +79,9 @@ def draw(kind, shape, rng):
     """One image (32, 32, 3) uint8 and the mask of its shapes (32, 32) bool."""
     n = SIDE * FINE
     y, x = (np.mgrid[:n, :n] + 0.5) / FINE
-    light, mask, places = 0.36 + 0.2 * texture(kind, x, y, rng), np.zeros((n, n)), []
+    quarter = (x > rng.uniform(11, 21)) + 2 * (y > rng.uniform(11, 21))
+    light = 0.36 + 0.2 * np.choose(quarter, [texture(kind, x, y, rng) for _ in range(4)])
+    mask, places = np.zeros((n, n)), []
     for _ in range(12):
         cy, cx, radius = *rng.uniform(3, SIDE - 3, 2), rng.uniform(4.5, 6)
         if len(places) < 2 and all(np.hypot(cy - py, cx - px) > radius + pr for py, px, pr in places):
