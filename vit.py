@@ -707,7 +707,7 @@ def check_plan(args, n, world, rank):
 def start_from(file, parts, vit, config):
     """--init: every part of a run of the same method and shape, or else the encoder alone (the authors', timm's)."""
     state, (encoder, found) = load_checkpoint(file), load_encoder(file)
-    differ = [k for k in ("patch", "in_chans", "dim", "depth", "heads", "pos", "norm") if found[k] != config[k]]
+    differ = [k for k in ("patch", "in_chans", "dim", "depth", "heads", "norm") if found[k] != config[k]]
     if differ:
         what = ", ".join(f"{k} {found[k]} (here {config[k]})" for k in differ)
         raise InputError(f"--init {file} has another shape: {what}")

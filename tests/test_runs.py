@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import checkpoint, command, fails, log, losses, pictures, same, start, tensors, tiny
+from conftest import checkpoint, command, fails, log, losses, networks, pictures, same, start, tensors, tiny
 
 import dino
 import mae_pcae
@@ -18,6 +18,9 @@ import vit
 SCRIPTS = {"dino": dino.main, "mae": mae_pcae.main, "pcae": mae_pcae.main}
 FILES = {"dino": "dino.py", "mae": "mae_pcae.py", "pcae": "mae_pcae.py"}
 scripts = pytest.mark.parametrize("method", SCRIPTS)
+dino_fast = pytest.mark.parametrize(
+    "method", [m if m == "dino" else pytest.param(m, marks=pytest.mark.slow) for m in SCRIPTS]
+)
 EXACT = ["--precision", "fp32", "--drop-path", 0, "--log-every", 1]
 
 
@@ -51,7 +54,7 @@ def test_workers_and_restarts_change_nothing(method, folder, monkeypatch, worker
     assert same(networks("memory"), networks()) == []
 
 
-@scripts
+@dino_fast
 def test_kill_9_and_resume(method, npz):
     """A run killed at a random moment, again and again, ends with the weights of one that was left alone."""
     SCRIPTS[method](tiny("--steps", 24, out="straight", method=method))
@@ -116,7 +119,7 @@ def test_as_a_user_starts_it(method, npz):
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
-@scripts
+@dino_fast
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_leaves(method, npz, number):
     argv, env = command(FILES[method], *tiny("--epochs", 500, "--knn-every", 500, method=method))
@@ -131,7 +134,7 @@ def test_asked_to_stop_it_saves_and_leaves(method, npz, number):
     assert step >= 1 and f"stopped at step {step} " in text
 
 
-@scripts
+@dino_fast
 def test_one_run_in_a_folder_and_a_killed_one_does_not_block_the_next(method, npz):
     argv, env = command(FILES[method], *tiny("--epochs", 500, method=method))
     process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -186,6 +189,7 @@ def test_init_from_a_run_and_from_an_encoder(method, npz):
     assert same(a["encoder"], checkpoint("third")["encoder"]) == []
 
 
+@pytest.mark.slow
 @scripts
 def test_compile_on_a_cpu(method, npz):
     SCRIPTS[method](tiny("--steps", 2, "--precision", "fp32", "--log-every", 1, out="eager", method=method))
