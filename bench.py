@@ -62,22 +62,20 @@ def ours(args, device):
         student.compile(), teacher.compile()
     update, center = dino.Update([student], device, args.precision), torch.zeros(args.prototypes, device=device)
     update.set(1e-4, 0.04)
-    config, run.canvas = (
-        dict(mean=[0.5] * 3, std=[0.25] * 3),
-        args.img_size if args.img_size <= 64 else 2 * args.img_size,
-    )
+    mean, std = torch.full((3, 1, 1), 0.5, device=device), torch.full((3, 1, 1), 0.25, device=device)
+    run.canvas = args.img_size if args.img_size <= 64 else 2 * args.img_size
     imgs = torch.randint(0, 256, (args.batch, 3, run.canvas, run.canvas), dtype=torch.uint8).to(device)
 
     def draw(step):
         return [dino.my_rows(d, 0, 1, device) for d in dino.draw_crops(run, step)]
 
     def step(i):
-        dino.train_step(student, teacher, center, update, imgs, draw(i), run, 0.04, 0.996, config)
+        dino.train_step(student, teacher, center, update, imgs, draw(i), run, 0.04, 0.996, mean, std)
 
     def augmentation(i):
         a, b = draw(i)
-        dino.augment(imgs, a, [args.img_size] * 2, args.img_size / 224, config)
-        dino.augment(imgs, b, [args.local_size] * 2, args.img_size / 224, config)
+        dino.augment(imgs, a, [args.img_size] * 2, args.img_size / 224, mean, std)
+        dino.augment(imgs, b, [args.local_size] * 2, args.img_size / 224, mean, std)
 
     return step, dict(augmentation=augmentation)
 

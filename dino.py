@@ -4,7 +4,7 @@ Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV
 
     python dino.py                                      # embedded images, a laptop's CPU, minutes
     python dino.py --data cifar10 --epochs 100          # downloads; or a folder of images, with or without classes
-    torchrun --nproc-per-node=2 dino.py --data photos/  # several processes, same result
+    torchrun --nproc-per-node=2 dino.py --data photos/  # several processes, the same batch
     python dino.py --ablate no-centering                # watch it collapse
     python dino.py --attention cat.jpg                  # where the run above looks in a picture of yours
 
@@ -21,6 +21,7 @@ Differs from the authors' code:
 - The last block computes the CLS token alone, as nothing else is read. The output is the same.
 - A non-finite gradient skips the step (theirs: a non-finite loss ends the run).
 - --batch counts all processes and micro-batches.
+- The teacher's temperature warms up by the step (theirs: by the epoch).
 """
 
 import argparse
@@ -35,6 +36,7 @@ from torch import nn
 from torchvision.utils import make_grid, save_image
 
 from vit import (
+    BROKEN,
     SIZES,
     InputError,
     Run,
@@ -55,7 +57,7 @@ from vit import (
 
 # --------------------------------------------------------------------------------------------------- options, presets
 
-PRESETS = {  # chosen by the size of the images; "224" is the paper's ViT-S/16 for 100 epochs
+PRESETS = {  # chosen by the size of the images; "224" is the authors' 100 epochs of ViT-S/16
     "demo": dict(size="nano", patch=4, img_size=32, epochs=10, warmup=1, batch=64, lr=2e-3, prototypes=256, hidden=512,
                  global_scale=[0.5, 1.0], local_crops=2, local_size=16, local_scale=[0.25, 0.5], color=0.0,
                  momentum=0.98, center_momentum=0.5, teacher_temp=0.02, drop_path=0.0),
@@ -95,6 +97,7 @@ def get_args(argv=None):
     add("--local-scale", type=float, nargs=2, help="* area of the small crops, share of image")
     add("--color", type=float, help="* strength of jitter, grey and solarization; 1 as published")
     add("--momentum", type=float, help="* of the teacher at the beginning, 1 at the end; short runs want less")
+    add("--momentum-end", type=float, default=1.0, help="of the teacher at the end")
     add("--center-momentum", type=float, help="* of the centre; less if one prototype wins and then another")
     add("--student-temp", type=float, default=0.1, help="temperature of the student's softmax")
     add("--teacher-temp", type=float, help="* of the teacher's; lower it if the loss stays at ln K")
@@ -102,7 +105,12 @@ def get_args(argv=None):
     add("--teacher-temp-epochs", type=float, default=30, help="epochs from the one to the other, linear")
     add("--ablate", choices=ABLATIONS, help="take a part of the method away, to see what it was there for")
     add("--attention", nargs="+", metavar="IMAGE", help="draw what the run in --out looks at in these files, and stop")
-    return resolve(p.parse_args(argv), PRESETS, "dino")
+    args = resolve(p.parse_args(argv), PRESETS, "dino")
+    if args.local_crops and args.local_size % args.patch:
+        raise InputError(
+            f"--local-size {args.local_size} is not a multiple of --patch {args.patch}: change one of them"
+        )
+    return args
 
 
 # ------------------------------------------------------------------------------------------- views: crops and colours
@@ -131,12 +139,11 @@ def draw_views(batch, views, side, size, scale, blur, solarize, color, g):
     """
     shape = (batch, views)
     rand = lambda: torch.rand(shape, generator=g)
-    around = lambda center, width: (center + color * width * (2 * rand() - 1)).where(jitter, center)
     draws = dict(box=draw_boxes(shape, side, scale, size[1] / size[0], g), flip=rand() < 0.5)
-    jitter = rand() < 0.8
-    neutral = torch.tensor([1.0])
-    draws |= dict(brightness=around(neutral, 0.4), contrast=around(neutral, 0.4), saturation=around(neutral, 0.2))
-    draws |= dict(hue=around(neutral * 0, 0.1), gray=(rand() >= 0.2 * color).float())
+    jitter = rand() < 0.8  # one coin for all four
+    factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
+    draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
+    draws |= dict(hue=factor(0.0, 0.1), gray=(rand() >= 0.2 * color).float())
     sigma = 0.1 + 1.9 * rand()
     draws["sigma"] = sigma.where(rand() < torch.tensor(blur), 0.0)
     draws["solarize"] = rand() < color * torch.tensor(solarize)
@@ -147,8 +154,28 @@ def draw_crops(args, step):
     """All random numbers of a step, for the whole batch: those of the two global views, and of the local ones."""
     g, side, local = seeded(args.seed, step), args.canvas, [args.local_size] * 2
     return (
-        draw_views(args.batch, 2, side, args.img_size, args.global_scale, [1.0, 0.1], [0.0, 0.2], args.color, g),
-        draw_views(args.batch, args.local_crops, side, local, args.local_scale, [0.5], [0.0], args.color, g),
+        draw_views(
+            args.batch,
+            2,
+            side,
+            args.img_size,
+            args.global_scale,
+            blur=[1.0, 0.1],
+            solarize=[0.0, 0.2],
+            color=args.color,
+            g=g,
+        ),
+        draw_views(
+            args.batch,
+            args.local_crops,
+            side,
+            local,
+            args.local_scale,
+            blur=[0.5],
+            solarize=[0.0],
+            color=args.color,
+            g=g,
+        ),
     )
 
 
@@ -181,7 +208,8 @@ def crop_resize(imgs, box, flip, size):
 
 
 def gray(x):  # (B, 3, h, w) -> (B, 1, h, w), luma of ITU-R 601
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
 def blend(x, other, factor):  # other + factor (x - other): brightness, contrast and saturation are all this
@@ -196,7 +224,7 @@ def shift_hue(x, shift):
     sector = torch.where(top == r, (g - b), torch.where(top == g, (b - r), (r - g)))
     offset = torch.where(top == r, 0.0, torch.where(top == g, 2.0, 4.0))
     hue = sector / chroma.clamp(min=1e-8) + offset + 6 * shift
-    k = (hue + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)) % 6
+    k = (hue + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6  # 5, 3, 1 for red, green, blue
     return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -207,18 +235,19 @@ def gaussian_blur(x, sigma, radius):
         r = min(radius, n - 1)
         k = torch.arange(-r, r + 1, device=x.device)
         weight = torch.exp(-0.5 * (k / sigma[:, None].clamp(min=1e-3)) ** 2)
-        at = (torch.arange(n, device=x.device)[:, None] + k).abs()
-        at = torch.where(at < n, at, 2 * n - 2 - at)
-        spread = F.one_hot(at, n).to(x)  # (n, 2r+1, n)
+        source = (torch.arange(n, device=x.device)[:, None] + k).abs()  # pixel i takes weight k from pixel i + k,
+        source = torch.where(source < n, source, 2 * n - 2 - source)  # reflected at the borders
+        spread = F.one_hot(source, n).to(x)  # (n, 2r+1, n)
         return torch.einsum("bk,ikj->bij", weight / weight.sum(dim=1, keepdim=True), spread)[:, None]
 
     return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).transpose(-2, -1)
 
 
-def augment(imgs, draws, size, unit, config):
+def augment(imgs, draws, size, unit, mean, std):
     """uint8 (B, C, S, S) and draw_views' numbers -> normalised views (V·B, C, h, w), view by view.
 
-    unit: px of these views per px of a 224 px image, for blur. Colour is left alone unless there are three channels.
+    unit: px of these views per px of a 224 px image, for blur. mean, std: (C, 1, 1), on the device. Colour operations
+    are left out unless there are three channels.
     """
     x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
     d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k != "box"}
@@ -230,7 +259,6 @@ def augment(imgs, draws, size, unit, config):
         x = blend(x, gray(x), d["gray"])
     x = gaussian_blur(x, d["sigma"].flatten() * unit, radius=math.ceil(6 * unit))
     x = torch.where(d["solarize"] & (x >= 0.5), 1 - x, x)
-    mean, std = (torch.tensor(config[k], device=x.device).view(-1, 1, 1) for k in ("mean", "std"))
     return (x - mean) / std
 
 
@@ -252,6 +280,11 @@ class DINOHead(nn.Module):
             torch.empty(prototypes, bottleneck).uniform_(-(bottleneck**-0.5), bottleneck**-0.5)
         )
         self.length = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not norm_last_layer)
+        self.norm_last_layer = norm_last_layer
+
+    def freeze_last_layer(self, frozen):
+        self.prototypes.requires_grad_(not frozen)
+        self.length.requires_grad_(not frozen and not self.norm_last_layer)
 
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)
@@ -275,28 +308,32 @@ def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
 
     student (V, B, K), teacher (2, B, K): outputs before softmax, the two global views first; center (K,).
     Returns the loss, the teacher's entropy h(P_t), and loss - h = KL(P_t || P_s), 0 in a collapse (section 5.3).
-    As q sums to one, a pair's cross-entropy is logsumexp(z) - q·z: pairs are never formed.
+    As q sums to one, a pair's cross-entropy is logsumexp(z) - q·z, and a sum over pairs needs only the sum of all z.
     """
     t, z = (teacher - center) / teacher_temp, student / student_temp
     q, lse, pairs = t.softmax(dim=-1), z.logsumexp(dim=-1), len(t) * (len(z) - 1)
-    agreement = (q * (z.sum(dim=0) - z[: len(t)])).sum(dim=(0, 2))  # each teacher view with all other student views
-    loss = (len(t) * lse.sum(dim=0) - lse[: len(t)].sum(dim=0) - agreement).mean() / pairs
+    agreement = (q * (z.sum(dim=0) - z[: len(t)])).sum(dim=(0, 2))  # q_i·z_j over all pairs i != j
+    normalisers = len(t) * lse.sum(dim=0) - lse[: len(t)].sum(dim=0)  # logsumexp(z_j) over the same
+    loss = (normalisers - agreement).mean() / pairs
     entropy = (t.logsumexp(dim=-1) - (q * t).sum(dim=-1)).mean()
     return loss, entropy, loss.detach() - entropy
 
 
-def train_step(student, teacher, center, update, imgs, draws, args, teacher_temp, momentum, config, loss_fn=dino_loss):
+def train_step(
+    student, teacher, center, update, imgs, draws, args, teacher_temp, momentum, mean, std, loss_fn=dino_loss
+):
     """One optimiser step (section 3): V views of each image, the two global ones first, in micro-batches.
 
     imgs: uint8 (B, C, S, S). draws: what draw_views gave for the global and for the local views. update: an Update.
     Returns (4,): loss, teacher's entropy, KL and gradient norm, still on the device, so that nothing waits for them.
     """
     total, batch_mean = 0, 0
-    for x, d_global, d_local in zip(*(split_rows(t, args.accumulate) for t in (imgs, *draws)), strict=True):
+    micro_batches = [split_rows(t, args.accumulate) for t in (imgs, *draws)]
+    for x, d_global, d_local in zip(*micro_batches, strict=True):
         unit = max(args.img_size) / 224
-        views = [augment(x, d_global, args.img_size, unit, config)]  # (2·B, C, h, w)
+        views = [augment(x, d_global, args.img_size, unit, mean, std)]  # (2·B, C, h, w)
         if args.local_crops:
-            views.append(augment(x, d_local, [args.local_size] * 2, unit, config))
+            views.append(augment(x, d_local, [args.local_size] * 2, unit, mean, std))
         with update.autocast():
             with torch.no_grad():
                 t = teacher(views[:1]).float().unflatten(0, (2, len(x)))  # (2, B, K)
@@ -315,29 +352,31 @@ def train_step(student, teacher, center, update, imgs, draws, args, teacher_temp
 # ------------------------------------------------------------------------------- ablations: what each part is there for
 
 
-def mse_loss(student, teacher, center, *_):
+def mse_loss(student, teacher, center, *temps):
     """Squared distance of L2-normalised outputs in place of the cross-entropy (Table 7, row 5)."""
-    return pairwise(student, teacher, center, lambda s, t: (s - t).square().sum(dim=-1).mean())
+    return pairwise(student, teacher, center, temps, lambda s, t: (s - t).square().sum(dim=-1).mean())
 
 
-def infonce_loss(student, teacher, center, *_):
+def infonce_loss(student, teacher, center, *temps):
     """Contrast with the other images of the batch (temperature 0.1), as MoCo, in place of it (Table 7, row 8)."""
     same = torch.arange(student.shape[1], device=student.device)
-    return pairwise(student, teacher, center, lambda s, t: F.cross_entropy(s @ t.T / 0.1, same))
+    return pairwise(student, teacher, center, temps, lambda s, t: F.cross_entropy(s @ t.T / 0.1, same))
 
 
-def pairwise(student, teacher, center, loss):
+def pairwise(student, teacher, center, temps, loss):
     s, t = F.normalize(student, dim=-1), F.normalize(teacher - center, dim=-1)
     pairs = [loss(s[i], t[j]) for j in range(len(t)) for i in range(len(s)) if i != j]
-    return sum(pairs) / len(pairs), *dino_loss(student.detach(), teacher, center)[1:]
+    return sum(pairs) / len(pairs), *dino_loss(student.detach(), teacher, center, *temps)[1:]
 
 
 def ablate(args):
     """Changes the options so that one part of the method is gone; returns the loss to train with."""
     changes = {
         "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, entropy -> 0
-        "no-sharpening": dict(teacher_temp=0.1, teacher_temp_start=None),  # as soft as the student: entropy -> ln K
-        "no-momentum": dict(momentum=0.0),  # the teacher is the student of the step before: k-NN at chance
+        "no-sharpening": dict(
+            teacher_temp=args.student_temp, teacher_temp_start=None
+        ),  # as soft as the student: entropy -> ln K
+        "no-momentum": dict(momentum=0.0, momentum_end=0.0),  # the teacher is the student itself
         "no-multicrop": dict(local_crops=0),
     }
     vars(args).update(changes.get(args.ablate, {}))
@@ -377,7 +416,7 @@ def attention_files(args, device):
     for name in args.attention:
         try:
             img = square(decode(name, max(config["img_size"]) * 2))[None]
-        except (OSError, ValueError) as e:
+        except BROKEN as e:
             raise InputError(f"--attention {name} is not a readable image ({e})") from None
         file = Path(args.out) / f"attention-{Path(name).stem}.png"
         draw_attention(
@@ -396,19 +435,18 @@ def schedules(step, total, steps_per_epoch, args):
     return (
         cosine(step, total, args.lr * args.batch / 256, args.min_lr, args.warmup * steps_per_epoch),
         cosine(step, total, *args.weight_decay),
-        cosine(step, total, args.momentum, 1.0),
+        cosine(step, total, args.momentum, args.momentum_end),
         start + warm * (args.teacher_temp - start),
     )
 
 
 def collapse(entropy, kl, prototypes):
     """A named warning once the teacher's output no longer depends on the image (KL = 0, section 5.3), else None."""
-    if kl > 0.01 * math.log(prototypes):
+    if not kl <= 0.01 * math.log(prototypes):  # also where it is not a number: that step was skipped
         return None
-    kind = (
-        "uniform: sharpen (lower --teacher-temp)" if entropy > 0.5 * math.log(prototypes) else "one prototype: centre"
-    )
-    return f"COLLAPSED to {kind}; lower --lr or raise --momentum may help. KL {kl:.4f}, entropy {entropy:.3f}"
+    uniform = entropy > 0.5 * math.log(prototypes)
+    kind = "uniform, lower --teacher-temp or --lr" if uniform else "one prototype, lower --center-momentum or --lr"
+    return f"COLLAPSED, the same output for all images: {kind}. KL {kl:.4f}, entropy {entropy:.3f}"
 
 
 @cli
@@ -428,12 +466,13 @@ def main(argv=None):
     student = DINO(ViT(**shape, drop_path=args.drop_path), make_head()).to(device)
     teacher = DINO(ViT(**shape), make_head()).to(device).requires_grad_(False)
     center = torch.zeros(args.prototypes, device=device)
-    mean, std = train.stats()
-    config = dict(student.vit.config, method="dino", data=args.data, mean=mean, std=std, feature="cls")
+    config = dict(student.vit.config, method="dino", data=args.data, feature="cls")
+    config["mean"], config["std"] = train.stats()
     if args.init:
         start_from(args.init, dict(student=student, center=center), student.vit, config)
     teacher.load_state_dict(student.state_dict())
 
+    mean, std = (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
     update = Update([student], device, args.precision)
     parts = dict(student=student, teacher=teacher, center=center, update=update)
     run.begin(parts, teacher.vit, config, train, test, device)
@@ -444,9 +483,11 @@ def main(argv=None):
     for step, imgs in run.steps(stream(train, keys, device, args.workers)):
         lr, weight_decay, momentum, teacher_temp = schedules(step, run.total, run.steps_per_epoch, args)
         update.set(lr, weight_decay)
-        student.head.prototypes.requires_grad_(step >= args.freeze_last_layer * run.steps_per_epoch)
+        student.head.freeze_last_layer(step < args.freeze_last_layer * run.steps_per_epoch)
         draws = [my_rows(d, rank, world, device) for d in draw_crops(args, step)]
-        stats = train_step(student, teacher, center, update, imgs, draws, args, teacher_temp, momentum, config, loss_fn)
+        stats = train_step(
+            student, teacher, center, update, imgs, draws, args, teacher_temp, momentum, mean, std, loss_fn
+        )
 
         if run.log_due(step):  # here alone the host waits for the device
             loss, entropy, kl, norm = mean_over_processes(stats).tolist()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vit import InputError, ViT, cli, features, knn, launch, load_encoder, load_images
+from vit import InputError, ViT, cli, features, knn, launch, load_encoder, load_images, number_alike
 
 
 def get_args(argv=None):
@@ -77,15 +77,13 @@ def main(argv=None):
         raise InputError(
             f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets['train'].channels}"
         )
-    names = sorted({*sets["train"].classes, *sets["test"].classes})  # a class may be missing in one of them
-    labels = {s: torch.tensor([names.index(c) for c in x.classes])[x.labels].to(device) for s, x in sets.items()}
+    number_alike(sets["train"], sets["test"])
+    labels = {s: x.labels.to(device) for s, x in sets.items()}
 
     torch.manual_seed(0)
     shape = {k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")}
     rows = {"pixels": (None, "mean"), "untrained": (ViT(**shape).eval().to(device), config["feature"])}
     rows |= {"cls": (vit.to(device), "cls"), "mean": (vit, "mean")}
-    if len(sets["train"]) * side**2 * 3 * 4 > 2**32:
-        del rows["pixels"]  # more than 4 GiB
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
     result, dump = {}, {}
     for row, (net, feature) in rows.items():
@@ -110,10 +108,9 @@ def main(argv=None):
         for row, by_k in result.items():
             print(f"{row:>{max(width, 8)}}" + "".join(f"{v:8.2f}" for v in by_k.values()))
         if args.dump:
+            dump |= {f"{s}_labels": v.cpu().numpy() for s, v in labels.items()}
             with open(args.dump, "wb") as f:
-                np.savez(
-                    f, **dump, **{f"{s}_labels": v.cpu().numpy() for s, v in labels.items()}, classes=np.array(names)
-                )
+                np.savez(f, **dump, classes=sets["train"].classes)
         settings = dict(
             checkpoint=str(args.checkpoint), data=args.data, temperature=args.temperature, feature=config["feature"]
         )

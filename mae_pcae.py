@@ -7,7 +7,7 @@ openreview 8T4qmZbTkW7.
     python mae_pcae.py                                        # MAE on the embedded images, a laptop's CPU, minutes
     python mae_pcae.py --method pcae
     python mae_pcae.py --data cifar10 --epochs 400            # downloads; or a folder of images
-    torchrun --nproc-per-node=2 mae_pcae.py --data photos/    # several processes, same result
+    torchrun --nproc-per-node=2 mae_pcae.py --data photos/    # several processes, the same batch
     python mae_pcae.py --reconstruct cat.jpg                  # what the run above makes of a picture of yours
 
 The idea of MAE. Hide three quarters of the patches; the encoder sees only the rest, so it is cheap; a small decoder
@@ -39,6 +39,7 @@ from torch import nn
 from torchvision.utils import make_grid, save_image
 
 from vit import (
+    BROKEN,
     SIZES,
     Block,
     InputError,
@@ -304,13 +305,12 @@ def spread(x):
     return x.detach().flatten(0, 1).std(dim=0).mean()
 
 
-def train_step(net, update, imgs, draws, args, momentum, config):
+def train_step(net, update, imgs, draws, args, momentum, mean, std):
     """One optimiser step. imgs: uint8 (B, C, S, S). draws: what draw_numbers gave. update: an Update.
 
     Returns (4,): loss, spread of prediction and of target, gradient norm, still on the device: nothing waits for them.
     """
     total = 0
-    mean, std = (torch.tensor(config[k], device=imgs.device).view(-1, 1, 1) for k in ("mean", "std"))
     for x, d in zip(split_rows(imgs, args.accumulate), split_rows(draws, args.accumulate), strict=True):
         x = (crop_resize(x.float() / 255, d["box"], d["flip"], args.img_size) - mean) / std
         with update.autocast():
@@ -366,7 +366,7 @@ def reconstruct_files(args, device):
     for name in args.reconstruct:
         try:
             img = square(decode(name, max(config["img_size"])))[None]
-        except (OSError, ValueError) as e:
+        except BROKEN as e:
             raise InputError(f"--reconstruct {name} is not a readable image ({e})") from None
         out = Path(args.out) / f"reconstruction-{Path(name).stem}.png"
         draw(net, prepare(img.to(device), config["img_size"], config["mean"], config["std"]), config, out)
@@ -399,12 +399,13 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     net = METHODS[args.method](shape_of(args, train.channels), args, args.drop_path).to(device)
-    mean, std = train.stats()
-    config = dict(net.vit.config, method=args.method, data=args.data, mean=mean, std=std, feature="mean")
+    config = dict(net.vit.config, method=args.method, data=args.data, feature="mean")
+    config["mean"], config["std"] = train.stats()
     if args.init:
         start_from(args.init, dict(net=net), net.vit, config)
         net.start_teacher()
 
+    mean, std = (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
     update = Update([net], device, args.precision, betas=(0.9, 0.95))
     parts = dict(net=net, update=update)
     run.begin(parts, net.vit, config, train, test, device)
@@ -419,7 +420,7 @@ def main(argv=None):
         update.set(lr, cosine(step, run.total, *args.weight_decay))
         momentum = cosine(step, run.total, args.momentum, 1.0)
         draws = my_rows(draw_numbers(args, step), rank, world, device)
-        stats = train_step(net, update, imgs, draws, args, momentum, config)
+        stats = train_step(net, update, imgs, draws, args, momentum, mean, std)
 
         if run.log_due(step):  # here alone the host waits for the device
             loss, pred, target, norm = mean_over_processes(stats).tolist()

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import signal
+import struct
 import sys
 import time
 import warnings
@@ -76,7 +77,7 @@ class Attention(nn.Module):
     def forward(self, x, queries=None):
         q, k, v = self.split(x)
         q = q[:, :, :queries]
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # PyTorch's fused backward is 6x slower than this here
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the fused backward is 6x slower there
             x = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)
@@ -123,7 +124,8 @@ class ViT(nn.Module):
         self.patch, self.grid, self.dim = patch, self.grid_of(size, patch), dim
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, dim, patch, patch)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], dim), pos == "learned")
+        tokens = 1 + self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim), requires_grad=pos == "learned")
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()  # SiameseIM's encoder has none
@@ -213,7 +215,7 @@ def cli(main):
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         finally:
-            Run.unlock()
+            Run.leave_behind()
 
     return wrapped
 
@@ -221,15 +223,8 @@ def cli(main):
 # Images ---------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"}
-BROKEN = (
-    OSError,
-    ValueError,
-    TypeError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    Image.DecompressionBombError,
-)  # as Pillow raises
+BROKEN = (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError)  # Pillow raises every one of these,
+BROKEN += (struct.error, Image.DecompressionBombError)  # and these, on some file
 
 
 def decode(file, side):
@@ -290,8 +285,9 @@ class Images(torch.utils.data.Dataset):
 
     def stats(self):
         """Mean and standard deviation of each channel over at most 1,000 images, in [0, 1]: two lists."""
-        x = torch.stack([self[i, 0.5] for i in spaced(len(self), 1000)]).float() / 255
-        return x.mean((0, 2, 3)).tolist(), x.std((0, 2, 3)).clamp(min=1e-3).tolist()
+        sums = [[(self[i, 0.5].double() / 255).pow(k).mean((1, 2)) for k in (1, 2)] for i in spaced(len(self), 1000)]
+        mean, square_mean = (torch.stack(s).mean(0) for s in zip(*sums, strict=True))
+        return mean.tolist(), (square_mean - mean**2).clamp(min=1e-6).sqrt().tolist()
 
     def pick(self, index):
         """The images of these indices, in this order."""
@@ -328,17 +324,12 @@ def list_images(root):
 def folder_split(root, split):
     """Files and class names (or None) of a folder in one of three layouts: train/ and val/ or test/; classes; loose."""
     parts = {d.name.lower(): d for d in root.iterdir() if d.is_dir()}
-    if "train" in parts:
-        other = parts.get("test") or parts.get("val")
-        base = parts["train"] if split == "train" else other
-        files = list_images(base) if base else []
-        if not files:
-            raise InputError(f"no images in {base or root / 'test'} (looked for {' '.join(sorted(SUFFIXES))})")
-        return files, class_names(files, base), True
-    files = list_images(root)
+    other = parts.get("test") or parts.get("val")
+    base = root if "train" not in parts else other if other and split == "test" else parts["train"]
+    files = list_images(base)
     if not files:
-        raise InputError(f"no images in {root} (looked for {' '.join(sorted(SUFFIXES))})")
-    return files, class_names(files, root), False
+        raise InputError(f"no images in {base} (looked for {' '.join(sorted(SUFFIXES))})")
+    return files, class_names(files, base), "train" in parts and other is not None
 
 
 def class_names(files, base):
@@ -353,13 +344,11 @@ def load_npz(file, split, label="labels"):
     """Arrays of an .npz: MedMNIST's keys (train_images, train_labels, test_images, ...) or images and labels."""
     try:
         with np.load(file, allow_pickle=False) as z:
-            part = split if split == "train" or "test_images" in z else "val"
-            own = f"{part}_images" in z
-            images = z[f"{part}_images" if own else "images"]
-            name = f"{part}_{label}" if own else label
-            labels = z.get(name)
+            test = next((part for part in ("test", "val") if f"{part}_images" in z), None)
+            prefix = "" if "train_images" not in z else f"{test}_" if test and split == "test" else "train_"
+            images, labels, own = z[f"{prefix}images"], z.get(f"{prefix}{label}"), prefix != "" and test is not None
     except KeyError:
-        raise InputError(f"{file} holds neither {split}_images nor images: see --data in the help") from None
+        raise InputError(f"{file} holds neither train_images nor images: see --data in the help") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, MemoryError) as e:
         raise InputError(f"{file} is not a readable .npz of plain arrays ({e})") from None
     if not isinstance(images, np.ndarray):  # numpy hands out a member that is no array as bytes
@@ -380,7 +369,8 @@ def load_images(data="demo.npz", split="train", side=None, max_bytes=2**31, quie
     data: "demo.npz", any .npz, "cifar10", "cifar100" (downloaded into data/ on first use), a folder with train/ and
     test/ (or val/) of class folders, a folder of class folders, or a folder of loose images at any depth. Labelled
     images without a test split of their own give every tenth image to it. Sets of up to max_bytes once decoded are held
-    in memory. Raises InputError if nothing usable is there; broken files are skipped, counted and named.
+    in memory; their broken files are skipped, counted and named. In larger sets a broken file is named and replaced by
+    the next one. Raises InputError if nothing usable is there.
     """
     path = Path(data)
     if data in ("cifar10", "cifar100"):
@@ -390,12 +380,8 @@ def load_images(data="demo.npz", split="train", side=None, max_bytes=2**31, quie
             cifar = getattr(datasets, data.upper())("data", train=split == "train", download=True)
         except (OSError, RuntimeError) as e:
             raise InputError(f"{data} could not be downloaded into data/ ({e}); give a folder of images") from None
-        pixels, names, own, files = (
-            torch.from_numpy(cifar.data).permute(0, 3, 1, 2),
-            np.array(cifar.targets),
-            True,
-            None,
-        )
+        pixels, names = torch.from_numpy(cifar.data).permute(0, 3, 1, 2), np.array(cifar.targets)
+        own, files = True, None
     elif data == "demo.npz" and not path.exists():
         return load_images(str(Path(__file__).with_name("demo.npz")), split, side, max_bytes, quiet, label)
     elif path.is_file() and path.suffix == ".npz":
@@ -495,16 +481,24 @@ def stream(images, batches, device="cpu", workers=2):
             yield torch.stack([images[k] for k in key]).to(device, non_blocking=True)
         return
     loader = torch.utils.data.DataLoader(
-        images, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda"
+        images, batch_sampler=keys, num_workers=workers, worker_init_fn=in_worker, pin_memory=device.type == "cuda"
     )
     for batch in loader:
         yield batch.to(device, non_blocking=True)
 
 
+def in_worker(_):
+    """A process that decodes: Ctrl-C is its parent's business, and so is the lock on the run's folder."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if Run.lock:
+        Run.lock.close()
+
+
 def prepare(imgs, img_size, mean, std):
     """uint8 (B, C, S, S) -> network input (B, C, height, width) for evaluation: resize, centre crop, normalise.
 
-    Above 64 px the crop is 7/8 of the resized image, as 224 of 256 px are on ImageNet.
+    Above 64 px the crop is 7/8 of the resized image, as 224 of 256 px are on ImageNet, unless it has that size already.
     """
     x = imgs.float() / 255
     h, w = img_size
@@ -611,17 +605,21 @@ def common_options(p, presets):
     add("--data", default="demo.npz", help="demo.npz, any .npz, cifar10, cifar100, or a folder of images")
     add("--out", help="folder for last.pt, log.jsonl and pictures; a run found there goes on (runs/<method>-<data>)")
     add("--preset", choices=presets, help="defaults of the options marked * (chosen by the size of the images)")
-    add("--epochs", type=int, help="* length of the run; the schedules follow it")
-    add("--steps", type=int, help="stop after so many steps, counted from the run's beginning; schedules stay")
-    add("--batch", type=int, help="* images in an optimiser step, over all processes and micro-batches")
-    add("--accumulate", type=int, default=1, help="micro-batches in a step: less memory, same result")
+    add("--epochs", type=positive, help="* length of the run; the schedules follow it")
+    add("--steps", type=positive, help="stop after so many steps, counted from the run's beginning; schedules stay")
+    add("--batch", type=positive, help="* images in an optimiser step, over all processes and micro-batches")
+    add("--accumulate", type=positive, default=1, help="micro-batches in a step: less memory, same result")
     add("--lr", type=float, help="* learning rate for batch 256; scaled with the batch")
     add("--warmup", type=float, help="* epochs in which the learning rate rises")
     add("--drop-path", type=float, help="* stochastic depth, in training")
     add("--size", choices=SIZES, help="* width, depth and heads of the network")
-    add("--patch", type=int, help="* patch, px")
+    add("--patch", type=positive, help="* patch, px")
     add("--img-size", type=int, nargs="+", help="* input of the network, px: one number, or height and width")
-    add("--canvas", type=int, help="side to which images are decoded (up to 64 px --img-size, else at most twice that)")
+    add(
+        "--canvas",
+        type=positive,
+        help="side to which images are decoded (up to 64 px --img-size, else at most twice that)",
+    )
     add("--workers", type=int, default=2, help="processes that decode images, where a set does not fit in memory")
     add("--device", help="cuda, mps or cpu (the first that is there)")
     add(
@@ -633,8 +631,14 @@ def common_options(p, presets):
     add("--seed", type=int, default=0, help="of weights, order, crops, colours and masks")
     add("--init", metavar="FILE", help="start from the weights of a checkpoint, ours or the authors'")
     add("--compile", action="store_true", help="torch.compile, for a GPU: a minute first, then faster")
-    add("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
-    add("--knn-every", type=int, help="epochs between k-NN measurements (a tenth of the run)")
+    add("--log-every", type=positive, default=10, help="steps between lines of log.jsonl")
+    add("--knn-every", type=positive, help="epochs between k-NN measurements (a tenth of the run)")
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
 
 
 def resolve(args, presets, method):
@@ -652,7 +656,8 @@ def resolve(args, presets, method):
     top = max(args.img_size)
     args.canvas = args.canvas or (top if top <= 64 else max(top, min(2 * top, side)))
     args.knn_every = args.knn_every or max(1, args.epochs // 10)
-    args.out = args.out or f"runs/{method}-{Path(args.data).stem or 'data'}"
+    ablation = f"-{args.ablate}" if getattr(args, "ablate", None) else ""
+    args.out = args.out or f"runs/{method}-{Path(args.data).stem or 'data'}{ablation}"
     return args
 
 
@@ -682,9 +687,24 @@ def launch(args):
 
 
 def load_splits(args, rank):
-    """Training images, and test images or None where nothing is labelled."""
+    """Training images, and test images or None without labels. Process 0 goes first: it may have to download them."""
+    if rank > 0:
+        dist.barrier()
     train = load_images(args.data, "train", args.canvas, quiet=rank > 0)
-    return train, load_images(args.data, "test", args.canvas, quiet=True) if train.labels is not None else None
+    test = load_images(args.data, "test", args.canvas, quiet=True) if train.labels is not None else None
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    if test is None or test.labels is None:
+        return train, None
+    number_alike(train, test)
+    return train, test
+
+
+def number_alike(train, test):
+    """Numbers the classes of two splits alike, also where one of them lacks some."""
+    names = [*train.classes, *(c for c in test.classes if c not in train.classes)]
+    test.labels = torch.tensor([names.index(c) for c in test.classes])[test.labels]
+    train.classes = test.classes = names
 
 
 def check_plan(args, n, world, rank):
@@ -705,7 +725,7 @@ def check_plan(args, n, world, rank):
 
 
 def start_from(file, parts, vit, config):
-    """--init: every part of a run of the same method and shape, or else the encoder alone (the authors', timm's)."""
+    """--init: the encoder of a checkpoint, or those of `parts` that fit where it is a run of the same method."""
     state, (encoder, found) = load_checkpoint(file), load_encoder(file)
     differ = [k for k in ("patch", "in_chans", "dim", "depth", "heads", "norm") if found[k] != config[k]]
     if differ:
@@ -714,13 +734,20 @@ def start_from(file, parts, vit, config):
     encoder.pos_embed.data = encoder.positions(vit.grid)
     vit.load_state_dict(encoder.state_dict())
     config.update(mean=found["mean"], std=found["std"])
+    if found.get("method") != config["method"]:
+        return
     for name, part in parts.items():
-        old = {name: state.get(name)} if torch.is_tensor(part) else state.get(name, {})
-        new = {name: part} if torch.is_tensor(part) else part.state_dict()
-        if found.get("method") == config["method"] and all(
-            k in old and old[k].shape == v.shape for k, v in new.items()
-        ):
-            part.copy_(old[name]) if torch.is_tensor(part) else part.load_state_dict(old)
+        new, old = (p if isinstance(p, dict) else {"": p} for p in (state_of(part), state.get(name)))
+        if all(k in old and old[k].shape == v.shape for k, v in new.items()):
+            restore(part, state[name])
+
+
+def state_of(part):
+    return part if torch.is_tensor(part) else part.state_dict()
+
+
+def restore(part, state):
+    part.copy_(state) if torch.is_tensor(part) else part.load_state_dict(state)
 
 
 def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chunk_bytes=2**28):
@@ -745,13 +772,14 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
 
 @torch.no_grad()
 def features(vit, images, config, device, dtype=torch.float32, batch=256, workers=2):
-    """Vectors of all images, (N, D) on the device; vit None: raw pixels, centred by the mean colour."""
+    """Vectors of all images, (N, D) on the device; vit None: raw pixels, centred, and at most 32 x 32 of them."""
     keys = [(i.tolist(), [0.5] * len(i)) for i in torch.arange(len(images)).split(batch)]
     out = []
     for imgs in stream(images, keys, device, workers):
         x = prepare(imgs, config["img_size"], config["mean"], config["std"])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out.append(x.flatten(1) if vit is None else vit.encode(x, config["feature"]).float())
+            small = lambda x: F.adaptive_avg_pool2d(x, [min(32, s) for s in x.shape[-2:]]).flatten(1)
+            out.append(small(x) if vit is None else vit.encode(x, config["feature"]).float())
     return torch.cat(out)
 
 
@@ -762,13 +790,12 @@ class Run:
     processes agree; then they save and leave. Needs: begin() before the first step, steps() around the loop.
     """
 
-    lock = None  # the open lock file of this process
+    lock, handlers = None, {}  # the open lock file of this process, and the signal handlers from before
     free = ("steps", "workers", "out", "attention", "log_every")  # may change when a run goes on
 
     def __init__(self, args, rank, world):
         self.args, self.rank, self.world, self.out, self.signal = args, rank, world, Path(args.out), 0
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.on_signal)
+        Run.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         if rank == 0:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -788,9 +815,14 @@ class Run:
                 raise InputError(f"another run is writing to {args.out}: wait for it, or give another --out") from None
 
     @staticmethod
-    def unlock():
+    def leave_behind():
+        """At the end of main: gives the lock, the signals and the process group back."""
         if Run.lock:
             Run.lock.close()
+        while Run.handlers:
+            signal.signal(*Run.handlers.popitem())
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def on_signal(self, number, _):
         if self.signal:  # a second Ctrl-C: at once
@@ -812,11 +844,10 @@ class Run:
         self.sets = (train.subset(10_000), test.subset(2_000)) if test is not None else None
         self.sample = torch.stack([train[i, 0.5] for i in spaced(len(train), 4)]).to(device)
         self.first = self.resume()
-        old = self.rows()
-        self.row, self.before = (
-            dict(old[-1] if old else {}),
-            next((r["seconds"] for r in old[::-1] if "seconds" in r), 0.0),
-        )
+        if self.first == 0 and self.rank == 0:  # of a run that was killed before it saved
+            (self.out / "log.jsonl").unlink(missing_ok=True)
+        self.row = {k: v for r in self.rows() for k, v in r.items()}
+        self.before = self.row.get("seconds", 0.0)
         self.say(
             f"{config['method']}: {len(train)} images of {args.canvas} px, {args.size}/{args.patch}, "
             f"{args.epochs} epochs of {self.steps_per_epoch} steps of {args.batch}, {device.type}, {args.precision}, "
@@ -832,12 +863,8 @@ class Run:
                 else "no labels: no k-NN"
             )
             self.write(dict(args=vars(args), **marks))
-        self.started, self.since, self.waited, self.saved, self.counted = (
-            *[time.perf_counter()] * 2,
-            0.0,
-            time.monotonic(),
-            self.first,
-        )
+        self.started = self.since = self.saved = time.perf_counter()
+        self.waited, self.counted, self.leave, self.warned = 0.0, self.first, False, False
         self.bar = tqdm(total=self.stop, initial=self.first, unit="step", disable=True if self.rank else None)
 
     def say(self, text):
@@ -859,7 +886,7 @@ class Run:
                 f"{self.out} holds a run with {what}: give another --out, or --init {file} to start from it"
             )
         for name, part in self.parts.items():
-            part.copy_(state[name]) if torch.is_tensor(part) else part.load_state_dict(state[name])
+            restore(part, state[name])
         if self.rank == 0:  # what came after the checkpoint will be written again
             text = "".join(json.dumps(r) + "\n" for r in self.rows() if r.get("step", 0) <= state["step"])
             (self.out / "log.part").write_text(text)
@@ -887,15 +914,22 @@ class Run:
         if training:
             vit.eval()
         (a, b), (la, lb) = zip(
-            *((features(vit, s, self.config, self.device, self.dtype), s.labels) for s in self.sets), strict=True
+            *(
+                (features(vit, s, self.config, self.device, self.dtype, workers=self.args.workers), s.labels)
+                for s in self.sets
+            ),
+            strict=True,
         )
         if training:
             vit.train()
         return knn(a, la.to(self.device), b, lb.to(self.device))[20][0]
 
     def steps(self, loader):
-        """Yields (step, images) and notes how long it waited for them. Ends at the last step, or when asked to stop."""
-        loader, self.leave = iter(loader), False
+        """Yields (step, images) and notes how long it waited for them.
+
+        Asked to stop, it says so before the step (self.leave), so that log_due and save_due agree, and leaves after it.
+        """
+        loader = iter(loader)
         for step in range(self.first, self.stop):
             start = time.perf_counter()
             imgs = next(loader)
@@ -904,18 +938,18 @@ class Run:
             torch.manual_seed(((self.args.seed * 1_000_003 + step) * self.world + self.rank) % 2**63)  # for drop path
             yield step, imgs
             self.bar.update()
-            if self.leave:
+            if self.leave and step + 1 < self.stop:
                 self.bar.close()
                 self.say(f"stopped at step {step + 1} of {self.stop}, saved: the same command goes on from there")
-                raise SystemExit(128 + self.signal)
+                raise SystemExit(128 + self.leave)
 
     def agreed(self, step):
-        """Whether to stop: with several processes, whether any was told to, asked every tenth step."""
-        if self.world > 1 and step % 10 == 9:
-            flag = torch.tensor(float(self.signal), device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = int(flag)
-        return self.signal > 0 and (self.world == 1 or step % 10 == 9)
+        """The signal to stop for, or 0: with several processes that of any of them, asked for every tenth step."""
+        if self.world == 1 or step % 10 != 9:
+            return self.signal if self.world == 1 else 0
+        flag = torch.tensor(float(self.signal), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
 
     def log_due(self, step):
         return step == self.first or (step + 1) % self.args.log_every == 0 or step + 1 == self.stop or self.leave
@@ -945,9 +979,9 @@ class Run:
             left = (self.stop - step) * self.args.batch / images * seconds / 60
             self.say(f"step {step + 1}: {show}, about {left:.1f} minutes to go")
         self.bar.set_postfix_str(show + (f" knn {self.row['knn']:.1f}" if "knn" in self.row else ""))
-        if warning and self.row.get("warning") != warning.split()[0]:
+        if warning and not self.warned:
             self.say(f"warning at step {step + 1}: {warning}")
-            self.row["warning"] = warning.split()[0]
+            self.warned = True
         if skipped[1] >= 20:
             raise SystemExit(
                 f"stopped: {int(skipped[1])} non-finite gradients in a row, step {step + 1}, {row}; try a lower --lr"
@@ -956,7 +990,7 @@ class Run:
     def save_due(self, step):
         """At each epoch's end, at least every 5 minutes, at the end, and when asked to stop."""
         over = (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.stop
-        return over or self.leave or time.monotonic() - self.saved > 300
+        return over or self.leave or time.perf_counter() - self.saved > 300
 
     def save(self, step):
         """Writes last.pt; measures k-NN if its turn has come."""
@@ -972,11 +1006,10 @@ class Run:
                 self.say(f"epoch {row['epoch']:g}: k-NN {row['knn']:.1f} %")
                 self.draw_curve()
                 self.since += time.perf_counter() - start
-            state = {k: p if torch.is_tensor(p) else p.state_dict() for k, p in self.parts.items()}
-            encoder = {k: v.clone() for k, v in self.vit.state_dict().items()}
-            state.update(step=step + 1, encoder=encoder, config=self.config, options=vars(self.args))
+            state = {k: state_of(p) for k, p in self.parts.items()}
+            state.update(step=step + 1, encoder=self.vit.state_dict(), config=self.config, options=vars(self.args))
             save_checkpoint(self.out / "last.pt", state)
-        self.saved = time.monotonic()
+        self.saved = time.perf_counter()
 
     def draw_curve(self):
         """curve.png: the loss, and k-NN accuracy beside its two yardsticks, over epochs."""

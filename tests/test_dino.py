@@ -179,12 +179,20 @@ def test_ablations_change_one_thing_and_run(npz, name):
     loss = dino.ablate(changed)
     differ = {k for k in vars(default) if getattr(default, k) != getattr(changed, k)} - {"ablate"}
     expected = {
-        "no-centering": {"center_momentum"}, "no-sharpening": {"teacher_temp"}, "no-momentum": {"momentum"},
-        "no-multicrop": {"local_crops"}, "mse": set(), "infonce": set(),
+        "no-centering": {"center_momentum"}, "no-sharpening": {"teacher_temp"}, "no-multicrop": {"local_crops"},
+        "no-momentum": {"momentum", "momentum_end"}, "mse": set(), "infonce": set(),
     }[name]  # fmt: skip
     assert differ == expected and (loss is dino.dino_loss) == bool(expected)
     result = dino.main(tiny("--ablate", name, "--steps", 3))
     assert math.isfinite(result["loss"])
+
+
+def test_without_momentum_the_teacher_is_the_student_to_the_end():
+    args = dino.get_args(["--ablate", "no-momentum"])
+    dino.ablate(args)
+    assert [dino.schedules(step, 100, 10, args)[2] for step in (0, 50, 99)] == [0.0, 0.0, 0.0]
+    momentum = [dino.schedules(step, 100, 10, dino.get_args([]))[2] for step in (0, 50, 100)]
+    assert momentum == pytest.approx([0.98, 0.99, 1.0])
 
 
 def test_attention_mask_holds_the_mass_with_as_few_patches_as_can_be():
@@ -209,6 +217,6 @@ def test_pictures_are_drawn_while_training_and_for_files_of_the_users(npz):
 
 def test_collapse_is_named(npz, capsys):
     dino.main(tiny("--lr", 0, "--teacher-temp", 10, "--student-temp", 10, "--steps", 20))
-    assert "COLLAPSED to uniform" in capsys.readouterr().out
+    assert "COLLAPSED, the same output for all images: uniform" in capsys.readouterr().out
     dino.main(tiny("--teacher-temp", 0.02, "--steps", 20, out="healthy"))
     assert "COLLAPSED" not in capsys.readouterr().out

@@ -170,6 +170,30 @@ def test_layouts():
         vit.load_images("four", "train", 8)
 
 
+def test_train_alone_and_test_without_labels():
+    for name in ("cat", "dog"):
+        for i in range(10):
+            save(f"alone/train/{name}/{i}.png")
+            save(f"kaggle/train/{name}/{i}.png")
+    save("kaggle/test/1.png")
+    train, test = (vit.load_images("alone", s, 8, quiet=True) for s in ("train", "test"))
+    assert (len(train), len(test)) == (18, 2)
+    args = argparse.Namespace(data="kaggle", canvas=8)
+    train, test = vit.load_splits(args, 0)
+    assert len(train) == 20 and test is None
+    x, y = pictures(20)
+    np.savez("alone.npz", train_images=x, train_labels=y)
+    assert [len(vit.load_images("alone.npz", s)) for s in ("train", "test")] == [18, 2]
+
+
+def test_classes_missing_in_one_split_are_numbered_alike():
+    x, _ = pictures(4)
+    np.savez("x.npz", train_images=x, train_labels=[0, 1, 2, 3], test_images=x, test_labels=[0, 2, 3, 9])
+    train, test = vit.load_splits(argparse.Namespace(data="x.npz", canvas=None), 0)
+    assert train.labels.tolist() == [0, 1, 2, 3] and test.labels.tolist() == [0, 2, 3, 4]
+    assert train.classes == test.classes == ["0", "1", "2", "3", "9"]
+
+
 def test_links_that_lead_back_and_folders_that_cannot_be_read():
     save("a/x.png")
     os.symlink("..", "a/loop")

@@ -148,6 +148,14 @@ def test_one_run_in_a_folder_and_a_killed_one_does_not_block_the_next(method, np
 
 
 @scripts
+def test_a_log_without_a_checkpoint_is_of_a_dead_run(method, npz):
+    os.mkdir("run")
+    vit.Path("run/log.jsonl").write_text('{"args": {}}\n{"step": 7, "seconds": 1e9}\n{"st')
+    SCRIPTS[method](tiny("--steps", 2, method=method))
+    assert log()[0]["args"]["batch"] == 8 and max(r.get("seconds", 0) for r in log()) < 1e6
+
+
+@scripts
 def test_steps_stop_early_and_change_no_schedule(method, npz):
     SCRIPTS[method](tiny("--steps", 9, "--log-every", 1, out="short", method=method))
     SCRIPTS[method](tiny("--log-every", 1, out="long", method=method))
@@ -216,6 +224,7 @@ def test_fp16_with_its_scaler(method, npz):
         (["--data", "."], "no images in"),
         (["--patch", "5", "--img-size", "16"], "not a multiple of --patch 5"),
         (["--batch", "9", "--accumulate", "2"], "--batch 9 cannot be shared"),
+        (["--batch", "0"], "argument --batch: must be 1 or more"),
         (["--device", "cuda"], "--device cuda: not on this machine"),
         (["--init", "nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["--init", "text.pt"], "text.pt is not a readable checkpoint"),

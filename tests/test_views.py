@@ -115,18 +115,14 @@ def test_draws_are_the_published_augmentation():
 def test_color_0_leaves_colours_alone():
     d, imgs = draws(0.0, 6), (images(side=32) * 255).byte()
     d["sigma"].zero_()
-    config = dict(mean=[0.0] * 3, std=[1.0] * 3)
     plain = dino.crop_resize(imgs.float() / 255, d["box"], d["flip"], (24, 24))
-    torch.testing.assert_close(dino.augment(imgs, d, (24, 24), 0.1, config), plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(dino.augment(imgs, d, (24, 24), 0.1, 0.0, 1.0), plain, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
 def test_other_channel_counts(channels):
-    imgs, config = (
-        torch.randint(0, 256, (6, channels, 32, 32)).byte(),
-        dict(mean=[0.5] * channels, std=[0.2] * channels),
-    )
-    out = dino.augment(imgs, draws(1.0, 6), (16, 16), 0.1, config)
+    imgs = torch.randint(0, 256, (6, channels, 32, 32)).byte()
+    out = dino.augment(imgs, draws(1.0, 6), (16, 16), 0.1, torch.full((channels, 1, 1), 0.5), 0.2)
     assert out.shape == (12, channels, 16, 16) and out.isfinite().all()
 
 
