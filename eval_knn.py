@@ -81,8 +81,8 @@ def main(argv=None):
     labels = {s: x.labels.to(device) for s, x in sets.items()}
 
     torch.manual_seed(0)
-    shape = {k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")}
-    rows = {"pixels": (None, "mean"), "untrained": (ViT(**shape).eval().to(device), config["feature"])}
+    untrained = ViT(**vit.config | dict(img_size=config["img_size"])).eval().to(device)
+    rows = {"pixels": (None, "mean"), "untrained": (untrained, config["feature"])}
     rows |= {"cls": (vit.to(device), "cls"), "mean": (vit, "mean")}
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
     result, dump = {}, {}

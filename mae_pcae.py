@@ -383,7 +383,7 @@ def shape_of(args, in_chans):
 def check_momentum(args, total):
     """Warns when much of the random teacher would remain to the end (the published .9999: 37 % after 20,000 steps)."""
     remains = math.exp(sum(math.log(max(1e-9, cosine(s, total, args.momentum, 1.0))) for s in range(total)))
-    if args.method == "pcae" and remains > 0.1:
+    if remains > 0.1:
         print(f"warning: {remains:.0%} of the initial teacher would remain after {total} steps: lower --momentum")
 
 
@@ -409,7 +409,7 @@ def main(argv=None):
     update = Update([net], device, args.precision, betas=(0.9, 0.95))
     parts = dict(net=net, update=update)
     run.begin(parts, net.vit, config, train, test, device)
-    if rank == 0:
+    if rank == 0 and args.method == "pcae":
         check_momentum(args, run.total)
     if args.compile:
         net.compile()
