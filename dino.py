@@ -60,7 +60,7 @@ from vit import (
 # --------------------------------------------------------------------------------------------------- options, presets
 
 PRESETS = {  # chosen by the size of the images; "224" is the authors' 100 epochs of ViT-S/16
-    "demo": dict(size="nano", patch=4, img_size=32, epochs=10, warmup=1, batch=64, lr=2e-3, prototypes=256, hidden=512,
+    "demo": dict(size="nano", patch=4, img_size=32, epochs=8, warmup=1, batch=64, lr=2e-3, prototypes=256, hidden=512,
                  global_scale=[0.5, 1.0], local_crops=2, local_size=16, local_scale=[0.25, 0.5], color=0.0,
                  momentum=0.98, center_momentum=0.5, teacher_temp=0.02, drop_path=0.0),
     "32": dict(size="tiny", patch=4, img_size=None, epochs=100, warmup=10, batch=256, lr=1e-3, prototypes=4096,
