@@ -47,14 +47,20 @@ def get_args(argv=None):
     return args
 
 
+def every(x):
+    """A tensor of each process, all of one shape: a list."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
+
+
 def gathered(rows, n):
     """Rows i, i + world, ... of every process, put back in order: (n, D). With one process: as they are."""
-    if not dist.is_initialized():
-        return rows
-    rows = torch.cat([rows, rows[:1].expand(-(-n // dist.get_world_size()) - len(rows), -1)])
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)[:n]
+    if dist.is_initialized():
+        rows = torch.cat([rows, rows[:1].expand(-(-n // dist.get_world_size()) - len(rows), -1)])
+    return torch.stack(every(rows), dim=1).flatten(0, 1)[:n]
 
 
 @cli
