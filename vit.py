@@ -91,9 +91,10 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, drop_path=0.0, mlp_ratio=4):
+    def __init__(self, dim, heads, drop_path=0.0, mlp_ratio=4, norm=None):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        norm = norm or functools.partial(nn.LayerNorm, eps=1e-6)
+        self.norm1, self.norm2 = norm(dim), norm(dim)
         self.attn, self.mlp = Attention(dim, heads), Mlp(dim, mlp_ratio * dim)
         self.drop_path = drop_path
 

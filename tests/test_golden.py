@@ -9,6 +9,7 @@ import torch
 
 import dino
 import mae_pcae
+import siameseim
 import vit
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -151,3 +152,70 @@ def test_pcae():
     loss.backward()
     torch.testing.assert_close(net.vit.patch_embed["proj"].weight.grad, z["grad_patch_embed"], rtol=1e-4, atol=1e-6)
     assert all(p.grad is None for p in net.teacher.parameters())
+
+
+def siameseim_net(z):
+    side, patch, dim, depth, heads, decoder_dim, decoder_heads, projector, predictor = z["config"].tolist()
+    args = argparse.Namespace(decoder_dim=decoder_dim, decoder_heads=decoder_heads, projector_depth=projector)
+    vars(args).update(decoder_depth=predictor, norm="batch", train_patch_embed=False)
+    shape = dict(img_size=side, patch=patch, in_chans=3, dim=dim, depth=depth, heads=heads)
+    net, weights = siameseim.SiameseIM(shape, args), {}
+    for name, value in z.items():
+        if not name.startswith("w/") or name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            continue
+        tower, name = ("target", name[5:]) if name.startswith("w/mm_") else ("online", name[2:])
+        name = name.replace(".bn.", ".")
+        ours = {"projector_decoder_blocks": f"{tower}.projector", "predictor_decoder_blocks": "decoder"}
+        ours |= {"decoder_embed": f"{tower}.embed", "decoder_pred": "pred", "decoder_pos_mlp": "position"}
+        own = {"decoder_pos_embed", "mask_token"}
+        first = name.split(".")[0]
+        if first in own:
+            weights |= {} if tower == "target" else {name: value}
+        else:
+            weights[name.replace(first, ours.get(first, f"{tower}.vit.{first}"), 1)] = value
+    weights["target.vit.pos_embed"] = weights["online.vit.pos_embed"]
+    net.load_state_dict(weights)
+    return net
+
+
+def siameseim_boxes(z):
+    """Boxes and image widths that have the file's offsets: view a is the unit square at the origin."""
+    one, width = torch.ones(4), z["flip_delta_j"] + z["delta_j"]
+    x2 = torch.where(z["relative_flip"], width - z["delta_j"] - z["delta_w"], z["delta_j"])
+    box = [torch.stack([0 * one, 0 * one, one, one], 1), torch.stack([z["delta_i"], x2, z["delta_h"], z["delta_w"]], 1)]
+    return torch.stack(box, dim=1), torch.stack([z["relative_flip"] & False, z["relative_flip"]], dim=1), width
+
+
+def test_siameseim_relative_positions():
+    z = golden("siameseim")[0]
+    found = siameseim.relative_positions(*siameseim_boxes(z), (4, 4), z["relative_pos_embed"].shape[-1] // 2)
+    torch.testing.assert_close(found, z["relative_pos_embed"], rtol=1e-5, atol=2e-5)
+
+
+def test_siameseim_loss():
+    z = golden("siameseim")[0]
+    pred = z["loss_pred"].requires_grad_()
+    c = siameseim.correlation(z["loss_target"])
+    loss, _ = siameseim.siameseim_loss(pred, z["loss_target"], c, float(z["neg_weight"]))
+    torch.testing.assert_close(loss, z["loss_value"], rtol=1e-5, atol=1e-6)
+    loss.backward()
+    torch.testing.assert_close(pred.grad, z["loss_pred_grad"], rtol=1e-4, atol=1e-8)
+
+
+def test_siameseim_step():
+    z = golden("siameseim")[0]
+    net = siameseim_net(z)
+    siameseim.ema_update(net.target, net.online, torch.tensor(1 - float(z["momentum"])))
+    torch.testing.assert_close(net.target.vit.blocks[0].attn.qkv.weight.data, z["mm_qkv0_after"], rtol=1e-5, atol=1e-6)
+    target = net.targets(z["x2"])
+    visible = z["mask"].argsort(dim=1, stable=True)[:, : int((z["mask"][0] == 0).sum())]
+    box, flip, side = siameseim_boxes(z)
+    pred = net(z["x1"], visible, box, flip, side)
+    loss, _ = siameseim.siameseim_loss(pred, target, siameseim.correlation(target), float(z["neg_weight"]))
+    torch.testing.assert_close(loss, z["loss"], rtol=1e-5, atol=1e-5)
+    loss.backward()
+    for ours, theirs in (
+        (net.mask_token.grad, z["grad_mask_token"]),
+        (net.online.vit.blocks[0].attn.qkv.weight.grad, z["grad_block0_qkv"]),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
