@@ -209,7 +209,7 @@ class MAE(nn.Module):
         self.decoder_pred = nn.Linear(dim, out or args.patch**2 * shape["in_chans"])
         for m in [self.decoder_embed, *self.decoder_blocks.modules(), self.decoder_pred]:
             if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 

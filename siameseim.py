@@ -10,11 +10,11 @@ Tao et al., "Siamese Image Modeling for Self-Supervised Vision Representation Le
 The idea. Masked image modelling learns where things are, contrastive learning what they are; this does both. Two views
 of an image are cropped and coloured independently. The online network sees part of view a, is told where the patches of
 view b lie relative to a, and predicts for each of them the output of a momentum encoder that sees all of b. Colours
-differ, so only what both views share can be predicted: meaning; at each place, so the prediction stays spatial.
+differ, so only what both views share can be predicted: meaning; at every place, so that it stays spatial.
 
 Differs from the authors' code:
-- Augmentation runs on the device, in batch: colour operations in a fixed order, no rounding to 8 bits in between, blur's
-  sigma counted in pixels of a 224 px image. Images above 64 px come as random squares, --canvas px wide.
+- Augmentation runs on the device, in batch: colour operations in a fixed order, no rounding to 8 bits in between,
+  blur's sigma counted in pixels of a 224 px image. Images above 64 px come as random squares, --canvas px wide.
 - Block-wise masks: the last block is thinned at random to reach the exact count. Random masks work (theirs: disabled).
 - The target network moves at the end of a step (theirs: at the beginning of the next; the first step aside, the same).
 - BatchNorm always uses the statistics of the batch at hand, and keeps none; they are global on CPUs too.
@@ -99,7 +99,7 @@ def get_args(argv=None):
     return resolve(p.parse_args(argv), PRESETS, "siameseim")
 
 
-# --------------------------------------------------------------------------------------- views, masks and where they lie
+# -------------------------------------------------------------------------------------- views, masks, where they lie
 
 
 def draw_boxes(shape, side, scale, aspect, g):
@@ -136,8 +136,8 @@ def draw_views(batch, views, side, size, scale, blur, solarize, color, g):
     return draws
 
 
-def draw_numbers(args, step):
-    """All random numbers of a step, for the whole batch: two views of each image, what is visible of the first."""
+def draw_pairs(args, step):
+    """All random numbers of a step, for the whole batch: two views of each image, what is seen of the first."""
     g, size = seeded(args.seed, step), args.img_size
     draws = draw_views(
         args.batch, 2, args.canvas, size, args.crop_scale, blur=args.blur, solarize=[0.0, 0.2], color=args.color, g=g
@@ -175,24 +175,30 @@ def block_order(batch, grid, ratio, g, rounds=12):
     return (order.flatten(1) + torch.rand((batch, n), generator=g)).argsort(dim=1)
 
 
-def relative_positions(box, flip, side, grid, dim):
-    """Where the patches of view b lie on the grid of view a, and how much larger they are, as sines: (B, N, 2 dim).
+def places(box, flip, side, grid):
+    """Where the patches of view b lie on the patch grid of view a: rows and columns, and how much taller and wider they
+    are, as 10 ln of the ratio (authors' code): four (B, N).
 
     box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). side: of the image, px. With G patches
     to a side, patch m of b, from y2 on and h2 high, has its centre at (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2 on a's
-    grid; so across, mirrored where one view is flipped and the other is not. Scale: 10 ln(h2/h1) (authors' code).
+    grid; so across, mirrored where one view is flipped and the other is not.
     """
     y, x, h, w = (t[..., None] for t in box.double().unbind(-1))  # (B, 2, 1)
-    x = torch.where(flip[..., None], torch.as_tensor(side).view(-1, 1, 1) - x - w, x)  # in the flipped image
-    m, n = (torch.arange(s, device=box.device) + 0.5 for s in grid)
-    rows = h[:, 1] / h[:, 0] * m + grid[0] * (y[:, 1] - y[:, 0]) / h[:, 0] - 0.5  # (B, rows)
-    ahead = w[:, 1] / w[:, 0] * n + grid[1] * (x[:, 1] - x[:, 0]) / w[:, 0] - 0.5  # (B, columns)
-    back = grid[1] * (torch.as_tensor(side).view(-1, 1) - x[:, 0] - x[:, 1]) / w[:, 0] - w[:, 1] / w[:, 0] * n - 0.5
-    columns = torch.where(flip[:, :1] == flip[:, 1:], ahead, back)
-    tall, wide = (10 * (t[:, 1] / t[:, 0]).log().expand(-1, math.prod(grid)) for t in (h, w))
-    rows, columns = rows[:, :, None].expand(-1, -1, grid[1]), columns[:, None].expand(-1, grid[0], -1)
-    place = sincos(columns.flatten(1), rows.flatten(1), dim)  # sincos puts its second argument first
-    return torch.cat([place, sincos(wide, tall, dim)], dim=-1)
+    side = torch.as_tensor(side).view(-1, 1)
+    x = torch.where(flip[..., None], side[..., None] - x - w, x)  # from the left of the view as it was flipped
+    (y1, y2), (x1, x2), (h1, h2), (w1, w2) = (t.unbind(1) for t in (y, x, h, w))
+    m, n = (torch.arange(g, device=box.device) + 0.5 for g in grid)
+    rows = h2 / h1 * m + grid[0] * (y2 - y1) / h1 - 0.5
+    alike, mirrored = w2 / w1 * n + grid[1] * (x2 - x1) / w1, grid[1] * (side - x1 - x2) / w1 - w2 / w1 * n
+    columns = torch.where(flip[:, :1] == flip[:, 1:], alike, mirrored) - 0.5
+    rows, columns = (t.expand(-1, *grid).flatten(1) for t in (rows[:, :, None], columns[:, None]))
+    return rows, columns, (10 * (h2 / h1).log()).expand_as(rows), (10 * (w2 / w1).log()).expand_as(rows)
+
+
+def relative_positions(box, flip, side, grid, dim):
+    """The sine-cosine embedding of `places`, (B, N, 2 dim): rows, columns, then the two scales."""
+    rows, columns, taller, wider = places(box, flip, side, grid)
+    return torch.cat([sincos(columns, rows, dim), sincos(wider, taller, dim)], dim=-1)  # sincos puts x first
 
 
 def resize_weights(start, length, flip, out, side):
@@ -301,7 +307,7 @@ class TokenBatchNorm(nn.Module):
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps
 
     def forward(self, x):
-        if not dist.is_initialized():
+        if not (dist.is_initialized() and self.training):
             return F.batch_norm(x.flatten(0, 1), None, None, self.weight, self.bias, True, eps=self.eps).view_as(x)
         y = x.float()
         mean = MeanOverProcesses.apply(y.mean(dim=(0, 1)))
@@ -402,7 +408,7 @@ def siameseim_loss(pred, target, c, weight=0.02):
 
 
 def train_step(net, update, imgs, draws, args, momentum, mean, std, loss_fn=siameseim_loss):
-    """One optimiser step. imgs: uint8 (B, C, S, S). draws: what draw_numbers gave. update: an Update.
+    """One optimiser step. imgs: uint8 (B, C, S, S). draws: what draw_pairs gave. update: an Update.
 
     All targets first: C is that of the whole batch, in micro-batches too. Returns (4,): loss, its second term, spread
     of the targets and gradient norm, still on the device, so that nothing waits for them.
@@ -458,10 +464,11 @@ def ablate(args):
 
 
 @torch.no_grad()
-def draw(net, imgs, draws, args, config, file, tile=96):
+def show_pairs(net, imgs, draws, args, config, file, tile=96):
     """For each of imgs, uint8 (B, C, S, S): both boxes (a red, b blue), view a, what is visible of it, view b, and how
     well each position of b is predicted: cosine of prediction and target, black 0 or less, white 1.
     """
+    net.eval()  # no process waits for another here
     imgs, draws = imgs[: len(draws["flip"])], {k: v[: len(imgs)].to(imgs.device) for k, v in draws.items()}
     mean, std = (torch.tensor(config[k], device=imgs.device).view(-1, 1, 1) for k in ("mean", "std"))
     visible, box, side, (h, w) = draws.pop("visible"), draws["box"], imgs.shape[-1], net.grid
@@ -481,6 +488,7 @@ def draw(net, imgs, draws, args, config, file, tile=96):
     columns = [boxed, a, a * zoom(shown), b, zoom(like.clamp(0, 1).view(-1, 1, h, w)).expand_as(b)]
     rows = torch.stack([c.cpu() for c in columns], dim=1).flatten(0, 1)
     save_image(make_grid(rows, nrow=len(columns), padding=2, pad_value=1), file)
+    net.train()
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -528,7 +536,7 @@ def main(argv=None):
         lr = cosine(step, run.total, args.lr * args.batch / 256, args.min_lr, args.warmup * run.steps_per_epoch)
         update.set(lr, cosine(step, run.total, *args.weight_decay))
         momentum = cosine(step, run.total, args.momentum, 1.0)
-        draws = my_rows(alter(draw_numbers(args, step)), rank, world, device)
+        draws = my_rows(alter(draw_pairs(args, step)), rank, world, device)
         stats = train_step(net, update, imgs, draws, args, momentum, mean, std, loss_fn)
 
         if run.log_due(step):  # here alone the host waits for the device
@@ -540,7 +548,7 @@ def main(argv=None):
         if run.save_due(step):
             run.save(step)
             if rank == 0:
-                draw(net, run.sample, alter(draw_numbers(args, 0)), args, config, run.out / "views.png")
+                show_pairs(net, run.sample, alter(draw_pairs(args, 0)), args, config, run.out / "views.png")
     return run.finish()
 
 

@@ -57,6 +57,7 @@ OWN = {  # keeps a method's own parts small
     "dino": "--prototypes 64 --hidden 32 --local-crops 2 --local-size 8",
     "mae": SMALL,
     "pcae": f"{SMALL} --method pcae --momentum 0.9 --stages 0 1",
+    "siameseim": "--decoder-dim 16 --decoder-heads 2 --decoder-depth 1 --projector-depth 1",
 }
 
 

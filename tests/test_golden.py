@@ -195,8 +195,8 @@ def test_siameseim_relative_positions():
 def test_siameseim_loss():
     z = golden("siameseim")[0]
     pred = z["loss_pred"].requires_grad_()
-    c = siameseim.correlation(z["loss_target"])
-    loss, _ = siameseim.siameseim_loss(pred, z["loss_target"], c, float(z["neg_weight"]))
+    target = torch.nn.functional.layer_norm(z["loss_target"], z["loss_target"].shape[-1:])  # theirs does so in the loss
+    loss, _ = siameseim.siameseim_loss(pred, target, siameseim.correlation(target), float(z["neg_weight"]))
     torch.testing.assert_close(loss, z["loss_value"], rtol=1e-5, atol=1e-6)
     loss.backward()
     torch.testing.assert_close(pred.grad, z["loss_pred_grad"], rtol=1e-4, atol=1e-8)
