@@ -1,138 +1,328 @@
 """How fast is a training step, and how much memory does it take? Ours, and side by side the authors' code.
 
-    python bench.py                                            # DINO's step at 32 px, in the default precision and fp32
-    python bench.py --size small --patch 16 --img-size 224 --local-size 96 --local-crops 8 --batch 4 --prototypes 65536
+    python bench.py                                       # DINO's step at 32 px, in the default precision and fp32
     git clone https://github.com/facebookresearch/dino /tmp/dino; python bench.py --against /tmp/dino
+    git clone https://github.com/facebookresearch/mae /tmp/mae; python bench.py --rows mae --against /tmp/mae
+    python bench.py --rows mae pcae "pcae --mask-ratio 0.85" --size base --patch 16 --img-size 224 --batch 8
+
+A row is a method (dino, mae, pcae, siameseim) with options of its script; options that this script does not know go to
+every row (--size, --batch, --compile, ...; preset 32 and batch 64 where nothing is said). --against adds the authors'
+row: a clone of facebookresearch/dino or mae, caddyless/PCAE, or OpenGVLab/Siamese-Image-Modeling, at the same shapes.
 
 Each row runs in processes of its own, in turn (A B A B ...), so that a machine that slows down slows all alike; a row's
 images/s is the median over all steps of all its turns. Ours is the script's own train_step, from decoded uint8 images:
 it includes augmentation. The authors' step starts from crops that are already made, which flatters it: their pipeline
 on PIL images comes on top. On a GPU theirs runs as shipped, in fp16; on a CPU in fp32, the only precision it has there.
-Memory is the peak resident size less that just before the first step; on a GPU, the peak allocated.
+Memory is the peak resident size less that just before the first step; on a GPU, the peak allocated. GMACs: of all
+matrix products of a step, forward and backward, an image.
 """
 
 import argparse
 import functools
 import json
+import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dino
+import mae_pcae
+import siameseim
 from vit import SIZES, InputError, ViT, cli, launch, peak_memory
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = p.add_argument
-    add("--size", choices=SIZES, default="tiny", help="width, depth and heads of the network")
-    add("--patch", type=int, default=4, help="patch, px")
-    add("--img-size", type=int, default=32, help="input of the network, px")
-    add("--local-size", type=int, default=16, help="their side, px")
-    add("--local-crops", type=int, default=6, help="small crops of an image, seen by the student only")
-    add("--prototypes", type=int, default=4096, help="K, outputs of the head; small data wants fewer")
-    add("--batch", type=int, default=64, help="images in a step")
-    add("--precision", nargs="+", default=["auto", "fp32"], choices=("auto", "fp32", "bf16", "fp16"), help="a row each")
-    add("--against", metavar="DIR", help="a clone of facebookresearch/dino, to time beside ours")
+    add("--rows", nargs="+", help="each a method with options of its script (dino, and dino --precision fp32)")
+    add("--against", metavar="DIR", help="a clone of the authors' code, to time beside ours")
     add("--steps", type=int, default=5, help="timed steps in a turn, after two that are not")
     add("--turns", type=int, default=3, help="turns of each row")
-    add("--device", help="cuda, mps or cpu (the first that is there)")
-    add("--compile", action="store_true", help="torch.compile, for a GPU: a minute first, then faster")
     add("--row", help=argparse.SUPPRESS)  # what a process started by this one measures
-    return p.parse_args(argv)
+    args, args.rest = p.parse_known_args(argv)
+    args.rows = args.rows or ["dino"]
+    if len(args.rows) == 1 and "--precision" not in " ".join([*args.rows, *args.rest]):
+        args.rows.append(f"{args.rows[0]} --precision fp32")
+    if args.against:
+        theirs = [name for name, (file, word, _) in AUTHORS.items() if found(Path(args.against, file), word)]
+        if not theirs:
+            raise InputError(f"--against {args.against} is no clone of a repository that --help names")
+        args.rows.append(f"authors {theirs[0]}")
+    for row in args.rows:
+        run_args(row, args.rest)
+    return args
 
 
-def ours(args, device):
-    """A function that does one step of dino.py on ready uint8 images."""
-    options = ["--preset", "32", "--data", "demo.npz", "--device", device.type]
-    for name in ("precision", "size", "patch", "img_size", "local_size", "local_crops", "batch", "prototypes"):
-        options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    run = dino.get_args(options)
-    shape = dict(SIZES[args.size], img_size=args.img_size, patch=args.patch)
-    make = lambda p: dino.DINO(ViT(**shape, drop_path=p), dino.DINOHead(shape["dim"], args.prototypes))
-    student, teacher = make(0.1), make(0.0)
+def found(file, word):
+    return file.exists() and word in file.read_text()
+
+
+def run_args(row, rest):
+    """The options of a row's script, resolved. A row: "mae --mask-ratio 0.85", or "authors mae"."""
+    method, *own = shlex.split(row.removeprefix("authors "))
+    if method not in OURS:
+        raise InputError(f"--rows {row}: begin with one of {', '.join(OURS)}")
+    script, choose = OURS[method][0], ["--method", method] if method in mae_pcae.METHODS else []
+    args = script.get_args(["--preset", "32", "--data", "demo.npz", "--batch", "64", *choose, *rest, *own])
+    args.canvas = args.img_size[0] if args.img_size[0] <= 64 else 2 * args.img_size[0]
+    args.shape = dict(SIZES[args.size], img_size=args.img_size, patch=args.patch, in_chans=3)
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------- ours
+
+
+def our_dino(args, device, mean, std):
+    """A function that does one step on uint8 images, and one that only augments them."""
+    shape, dim = args.shape, args.shape["dim"]
+    make = lambda p: dino.DINO(ViT(**shape, drop_path=p), dino.DINOHead(dim, args.prototypes, args.hidden))
+    student, teacher = make(args.drop_path), make(0.0)
     teacher.load_state_dict(student.state_dict())
     student, teacher = student.to(device), teacher.to(device).requires_grad_(False)
     if args.compile:
         student.compile(), teacher.compile()
     update, center = dino.Update([student], device, args.precision), torch.zeros(args.prototypes, device=device)
     update.set(1e-4, 0.04)
-    mean, std = torch.full((3, 1, 1), 0.5, device=device), torch.full((3, 1, 1), 0.25, device=device)
-    run.canvas = args.img_size if args.img_size <= 64 else 2 * args.img_size
-    imgs = torch.randint(0, 256, (args.batch, 3, run.canvas, run.canvas), dtype=torch.uint8).to(device)
+    draw = lambda i: [dino.my_rows(d, 0, 1, device) for d in dino.draw_crops(args, i)]
 
-    def draw(step):
-        return [dino.my_rows(d, 0, 1, device) for d in dino.draw_crops(run, step)]
+    def step(i, imgs):
+        dino.train_step(student, teacher, center, update, imgs, draw(i), args, 0.04, 0.996, mean, std)
 
-    def step(i):
-        dino.train_step(student, teacher, center, update, imgs, draw(i), run, 0.04, 0.996, mean, std)
-
-    def augmentation(i):
+    def augmentation(i, imgs):
         a, b = draw(i)
-        dino.augment(imgs, a, [args.img_size] * 2, args.img_size / 224, mean, std)
-        dino.augment(imgs, b, [args.local_size] * 2, args.img_size / 224, mean, std)
+        dino.augment(imgs, a, args.img_size, max(args.img_size) / 224, mean, std)
+        dino.augment(imgs, b, [args.local_size] * 2, max(args.img_size) / 224, mean, std)
 
-    return step, dict(augmentation=augmentation)
+    return step, augmentation
 
 
-def authors(args, device):
-    """A function that does one step of facebookresearch/dino, by its own functions, on ready crops."""
+def our_masked(args, device, mean, std):
+    net = mae_pcae.METHODS[args.method](args.shape, args, args.drop_path).to(device)
+    if args.compile:
+        net.compile()
+    update = mae_pcae.Update([net], device, args.precision, betas=(0.9, 0.95))
+    update.set(1e-4, 0.05)
+    draw = lambda i: mae_pcae.my_rows(mae_pcae.draw_numbers(args, i), 0, 1, device)
+
+    def step(i, imgs):
+        mae_pcae.train_step(net, update, imgs, draw(i), args, 0.996, mean, std)
+
+    def augmentation(i, imgs):
+        d = draw(i)
+        mae_pcae.crop_resize(imgs.float() / 255, d["box"], d["flip"], args.img_size)
+
+    return step, augmentation
+
+
+def our_siameseim(args, device, mean, std):
+    net = siameseim.SiameseIM(args.shape, args, args.drop_path).to(device)
+    if args.compile:
+        net.compile()
+    update = siameseim.Update([net], device, args.precision, betas=(0.9, 0.95))
+    update.set(1e-4, 0.05)
+    draw = lambda i: siameseim.my_rows(siameseim.draw_pairs(args, i), 0, 1, device)
+
+    def step(i, imgs):
+        siameseim.train_step(net, update, imgs, draw(i), args, 0.996, mean, std)
+
+    def augmentation(i, imgs):
+        d = draw(i)
+        d.pop("visible")
+        siameseim.augment(imgs, d, args.img_size, max(args.img_size) / 224, mean, std)
+
+    return step, augmentation
+
+
+OURS = dict(dino=(dino, our_dino), mae=(mae_pcae, our_masked), pcae=(mae_pcae, our_masked))
+OURS["siameseim"] = (siameseim, our_siameseim)
+
+
+# --------------------------------------------------------------------------------------------------------- the authors'
+
+
+def old_packages():
+    """What the authors' code imports and today's packages lack; none of it does any work in a step."""
+    import numpy
+    import timm.models.vision_transformer as timm_vit
+
+    for name in ("float", "int"):
+        setattr(numpy, name, getattr(numpy, name, dict(float=float, int=int)[name]))
+    sys.modules["torch._six"] = types.SimpleNamespace(inf=math.inf)
+    sys.modules["turtle"] = types.SimpleNamespace(update=None)
+    current = timm_vit.Block
+    timm_vit.Block = lambda *a, qk_scale=None, drop_path=0.0, **k: current(*a, drop_path=drop_path, **k)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)  # its loss needs one
-    sys.path.insert(0, args.against)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)  # losses of DINO and SiameseIM need one
+
+
+def theirs(nets, device, loss_of, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95), between=lambda: None, groups=None):
+    """One step around the authors' network, in the order of their engine; `loss_of` and `between` are theirs too."""
+    params = groups or [p for net in nets for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=betas)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+
+    def step(i, imgs):
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+            loss = loss_of(i)
+        loss.item()  # all of them check that the loss is finite, in every step
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        between()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def grad_norm(net, limit=math.inf):
+    return lambda: nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], limit)
+
+
+def move(old, new, momentum=0.996):
+    with torch.no_grad():
+        for name, p in new.items():
+            old[name].data.mul_(momentum).add_((1 - momentum) * p.detach().data)
+
+
+def authors_dino(args, device):
+    """Their multi-crop wrapper, loss, gradient clipping and moving average."""
     import main_dino
     import utils
     import vision_transformer as vits
 
-    shape, dim = SIZES[args.size], SIZES[args.size]["dim"]
+    shape, norm = args.shape, functools.partial(nn.LayerNorm, eps=1e-6)
 
     def net(drop_path):
-        size = dict(embed_dim=dim, depth=shape["depth"], num_heads=shape["heads"], mlp_ratio=4, qkv_bias=True)
-        norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
-        size |= dict(img_size=[args.img_size], patch_size=args.patch, norm_layer=norm, drop_path_rate=drop_path)
-        vit = vits.VisionTransformer(**size)
-        return utils.MultiCropWrapper(vit, vits.DINOHead(dim, args.prototypes, norm_last_layer=True)).to(device)
+        size = dict(embed_dim=shape["dim"], depth=shape["depth"], num_heads=shape["heads"], mlp_ratio=4, qkv_bias=True)
+        size |= dict(img_size=[args.img_size[0]], patch_size=args.patch, norm_layer=norm, drop_path_rate=drop_path)
+        head = vits.DINOHead(shape["dim"], args.prototypes, norm_last_layer=True)
+        return utils.MultiCropWrapper(vits.VisionTransformer(**size), head).to(device)
 
     student, teacher = net(0.1), net(0.0)
     teacher.load_state_dict(student.state_dict())
     for p in teacher.parameters():
         p.requires_grad = False
     loss_fn = main_dino.DINOLoss(args.prototypes, args.local_crops + 2, 0.04, 0.04, 0, 100).to(device)
-    optimizer = torch.optim.AdamW(utils.get_params_groups(student), lr=1e-4, weight_decay=0.04)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
     crop = lambda n, s: [torch.randn(args.batch, 3, s, s, device=device) for _ in range(n)]
-    crops = crop(2, args.img_size) + crop(args.local_crops, args.local_size)
+    crops = crop(2, args.img_size[0]) + crop(args.local_crops, args.local_size)
 
-    def step(i):
-        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-            loss = loss_fn(student(crops), teacher(crops[:2]), 1)
-        loss.item()  # it checks that the loss is finite, in every step
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+    def between():
         utils.clip_gradients(student, 3.0)
         utils.cancel_gradients_last_layer(1, student, 1)
-        scaler.step(optimizer)
-        scaler.update()
-        with torch.no_grad():
-            for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-                old.data.mul_(0.996).add_((1 - 0.996) * new.detach().data)
 
-    return step, {}
+    loss_of = lambda i: loss_fn(student(crops), teacher(crops[:2]), 1)
+    inner = theirs(
+        [student], device, loss_of, between=between, betas=(0.9, 0.999), groups=utils.get_params_groups(student)
+    )
+
+    def step(i, imgs):
+        inner(i, imgs)
+        move(dict(teacher.named_parameters()), dict(student.named_parameters()))
+
+    return step
+
+
+def mae_like(args, **more):
+    shape = args.shape
+    size = dict(img_size=args.img_size[0], patch_size=args.patch, embed_dim=shape["dim"], depth=shape["depth"])
+    size |= dict(num_heads=shape["heads"], mlp_ratio=4, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
+    decoder = dict(decoder_embed_dim=args.decoder_dim, decoder_depth=args.decoder_depth)
+    return size | decoder | dict(decoder_num_heads=args.decoder_heads) | more
+
+
+def authors_mae(args, device):
+    import models_mae
+
+    net = models_mae.MaskedAutoencoderViT(**mae_like(args, norm_pix_loss=args.norm_pix)).to(device)
+    imgs = torch.randn(args.batch, 3, *args.img_size, device=device)
+    return theirs([net], device, lambda i: net(imgs, mask_ratio=args.mask_ratio)[0], between=grad_norm(net))
+
+
+def authors_pcae(args, device):
+    import models_mae
+
+    student = models_mae.PCAEViT(**mae_like(args)).to(device)
+    teacher = models_mae.PCAEViT(**mae_like(args, use_decoder=False)).to(device).requires_grad_(False)
+    if student.decoder_pred.out_features != args.shape["dim"]:  # right for ViT-B alone
+        student.decoder_pred = nn.Linear(args.decoder_dim, args.shape["dim"]).to(device)
+    imgs = torch.randn(args.batch, 3, *args.img_size, device=device)
+
+    def loss_of(i):
+        with torch.no_grad():
+            latent, left, seen = teacher(imgs, mask_ratio=args.mask_ratio)
+            latent = (latent - latent.mean(-1, keepdims=True)) / (latent.var(-1, keepdims=True) + 1e-6) ** 0.5
+        found = student(imgs, student_ids_keep=seen, teacher_ids_keep=left)
+        return 1 - nn.functional.cosine_similarity(found, latent, dim=-1).mean()
+
+    inner = theirs([student], device, loss_of, between=grad_norm(student))
+
+    def step(i, imgs):
+        inner(i, imgs)
+        own = dict(student.named_parameters())
+        move(dict(teacher.named_parameters()), {n: own[n] for n, _ in teacher.named_parameters()})
+
+    return step
+
+
+def authors_siameseim(args, device):
+    """BatchNorm in projector and decoder, block-wise masks, frozen patch embedding: their defaults."""
+    import models_sim
+    from util.misc import LayerNorm
+
+    options = dict(decoder_embed_dim=args.decoder_dim, projector_depth=args.projector_depth, drop_path_rate=0.0)
+    options |= dict(predictor_depth=args.decoder_depth, loss_type="sim", use_abs_pos_emb=True, init_values=None)
+    options |= dict(use_proj_ln=False, use_pred_ln=False, online_ln=False, train_patch_embed=False)
+    options |= dict(with_blockwise_mask=True, neg_weight=0.02, fp32=True)
+    own = types.SimpleNamespace(**options)
+    net = models_sim.SiameseIMViT(**mae_like(args, norm_layer=LayerNorm, args=own)).to(device)
+    a, b = (torch.randn(args.batch, 3, *args.img_size, device=device) for _ in range(2))
+    draws = siameseim.draw_pairs(args, 0)
+    tokens = math.prod(ViT.grid_of(args.img_size, args.patch))
+    mask = torch.ones(args.batch, tokens, device=device).scatter(1, draws["visible"].to(device), 0.0)
+    ones = torch.ones(args.batch, device=device)
+    place = (0.1 * ones, 0.1 * ones, 1.1 * ones, 0.9 * ones, draws["flip"][:, 0].to(device), 0.2 * ones)
+    return theirs([net], device, lambda i: net(a, b, place, 0.996, True, mask=mask)[0], between=grad_norm(net, 1.0))
+
+
+AUTHORS = {  # a file, a word in it, and the function
+    "dino": ("main_dino.py", "DINOLoss", authors_dino),
+    "pcae": ("models_mae.py", "PCAEViT", authors_pcae),
+    "mae": ("models_mae.py", "MaskedAutoencoderViT", authors_mae),
+    "siameseim": ("models_sim.py", "SiameseIMViT", authors_siameseim),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def measure(args):
-    """Seconds of each timed step, memory in MiB, and seconds of parts, of one row; printed as JSON."""
-    args.precision = "fp32" if args.row == "authors" else args.row.split()[-1]
-    device, _, _ = launch(args)
+    """Seconds of each timed step, memory in MiB, and seconds of augmentation, of one row; printed as JSON."""
+    run, is_ours = run_args(args.row, args.rest), not args.row.startswith("authors ")
+    method = args.row.removeprefix("authors ").split()[0]
+    run.precision = run.precision if is_ours else "fp32"
+    device, _, _ = launch(run)
     torch.manual_seed(0)
-    step, parts = (authors if args.row == "authors" else ours)(args, device)
+    if is_ours:
+        mean, std = torch.full((3, 1, 1), 0.5, device=device), torch.full((3, 1, 1), 0.25, device=device)
+        step, augmentation = OURS[method][1](run, device, mean, std)
+    else:
+        sys.path.insert(0, args.against)
+        old_packages()
+        step, augmentation = AUTHORS[method][2](run, device), None
+    imgs = torch.randint(0, 256, (run.batch, 3, run.canvas, run.canvas), dtype=torch.uint8).to(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     before = peak_memory()
@@ -141,15 +331,20 @@ def measure(args):
         out = []
         for i in range(n):
             start = time.perf_counter()
-            function(i)
+            function(i, imgs)
             wait()
             out.append(time.perf_counter() - start)
         return out[2:]
 
-    times = seconds(step, args.steps + 2)
-    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_memory() - before
-    parts = {k: statistics.median(seconds(f, args.steps + 2)) for k, f in parts.items()}
-    print(json.dumps(dict(times=times, memory=memory, precision=args.precision, device=device.type, **parts)))
+    result = dict(times=seconds(step, args.steps + 2), precision=run.precision, device=device.type, batch=run.batch)
+    cuda = device.type == "cuda"
+    result["memory"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory() - before
+    if augmentation:
+        result["augmentation"] = statistics.median(seconds(augmentation, args.steps + 2))
+    with FlopCounterMode(display=False) as count, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        step(0, imgs)
+    result["gmacs"] = count.get_total_flops() / 2e9 / run.batch
+    print(json.dumps(result))
 
 
 @cli
@@ -157,34 +352,33 @@ def main(argv=None):
     args = get_args(argv)
     if args.row:
         return measure(args)
-    if args.against and not Path(args.against, "main_dino.py").exists():
-        raise InputError(f"--against {args.against} is no clone of facebookresearch/dino: no main_dino.py in it")
-    rows = [f"ours {p}" for p in args.precision] + ["authors"] * bool(args.against)
-    turns = {row: [] for row in rows}
+    turns = {row: [] for row in args.rows}
     for _ in range(args.turns):
-        for row in rows:
+        for row in args.rows:
             command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--row", row]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise InputError(f"the row '{row}' could not be measured: {done.stderr.strip().splitlines()[-1]}")
             turns[row].append(json.loads(done.stdout.splitlines()[-1]))
     result = dict(options=vars(args), threads=torch.get_num_threads(), torch=torch.__version__, rows={})
-    base = statistics.median(t for turn in turns[rows[-1]] for t in turn["times"])
-    base_memory = statistics.median(turn["memory"] for turn in turns[rows[-1]])
-    crops = f"2+{args.local_crops} crops, K {args.prototypes}, batch {args.batch}"
-    print(f"ViT {args.size}/{args.patch}, {args.img_size} px, {crops}; speed and memory beside {rows[-1]}")
-    print(f"{'':14}{'precision':>10}{'images/s':>10}{'ms/step':>9}{'MiB':>8}{'augment':>9}")
+    last, width = turns[args.rows[-1]], max(map(len, args.rows))
+    base = statistics.median(t for turn in last for t in turn["times"])
+    base_memory = statistics.median(turn["memory"] for turn in last)
+    run = run_args(args.rows[0], args.rest)
+    print(f"ViT {run.size}/{run.patch}, {run.img_size[0]} px, batch {run.batch}; last columns: beside {args.rows[-1]}")
+    columns = f"{'':{width}} {'precision':>10}{'images/s':>10}{'ms/step':>9}{'MiB':>8}{'augment':>9}{'GMACs':>9}"
+    print(columns + "   speed memory")
     for row, seen in turns.items():
         ms = 1e3 * statistics.median(t for turn in seen for t in turn["times"])
         memory = statistics.median(turn["memory"] for turn in seen)
         share = statistics.median(turn.get("augmentation", 0) for turn in seen) * 1e3 / ms
-        line = dict(images_per_s=args.batch / ms * 1e3, ms=ms, memory_mib=memory, augmentation=share)
-        line |= dict(precision=seen[0]["precision"], speed=base * 1e3 / ms, memory=memory / max(1, base_memory))
+        rate, batch, gmacs = seen[0]["batch"] / ms * 1e3, seen[0]["batch"], seen[0]["gmacs"]
+        line = dict(images_per_s=rate, ms=ms, memory_mib=memory, augmentation=share, gmacs=gmacs)
+        line |= dict(speed=rate * base / last[0]["batch"], memory=memory / max(1, base_memory), batch=batch)
+        line["precision"] = seen[0]["precision"]
         result["rows"][row] = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
-        print(
-            f"{row:14}{seen[0]['precision']:>10}{args.batch / ms * 1e3:10.1f}{ms:9.1f}{memory:8.0f}{share:9.1%}"
-            f"   {line['speed']:.2f}x, {line['memory']:.2f}x"
-        )
+        numbers = f"{rate:10.1f}{ms:9.1f}{memory:8.0f}{share:9.1%}{gmacs:9.3f}"
+        print(f"{row:{width}} {line['precision']:>10}{numbers}   {line['speed']:.2f}x  {line['memory']:.2f}x")
     print(json.dumps(result))
     return result
 

@@ -138,27 +138,12 @@ def test_options_of_one_name_have_one_meaning():
     assert all(len(t) == 1 for t in shared.values()), {n: t for n, t in shared.items() if len(t) > 1}
 
 
-def test_bench_measures_a_small_step(capsys):
+@pytest.mark.parametrize("method", ["dino", "mae", "pcae", "siameseim"])
+def test_bench_measures_a_small_step(method, capsys):
     import bench
 
-    result = bench.main(
-        [
-            "--size",
-            "test",
-            "--patch",
-            "8",
-            "--batch",
-            "4",
-            "--prototypes",
-            "64",
-            "--local-crops",
-            "2",
-            "--steps",
-            "1",
-            "--turns",
-            "1",
-            "--precision",
-            "fp32",
-        ]
-    )
-    assert result["rows"]["ours fp32"]["images_per_s"] > 0 and result["rows"]["ours fp32"]["speed"] == 1
+    options = ["--size", "test", "--patch", "8", "--batch", "4", "--precision", "fp32", "--steps", "1", "--turns", "1"]
+    own = dict(dino="--prototypes 64 --hidden 32 --local-crops 2", siameseim="--decoder-dim 16 --decoder-heads 2")
+    row = f"{method} {own.get(method, '--decoder-dim 16 --decoder-depth 1 --decoder-heads 2')}"
+    result = bench.main(["--rows", row, *options])["rows"][row]
+    assert result["images_per_s"] > 0 and result["speed"] == pytest.approx(1) and 0 < result["gmacs"] < 1
