@@ -1,0 +1,483 @@
+"""What did it learn? Attention, representation and architecture of encoders, side by side, with a verdict per claim.
+
+Park et al., "What Do Self-Supervised Vision Transformers Learn?", ICLR 2023, arXiv 2305.00729: contrastive
+learning (CL) against masked image modelling (MIM).
+
+    python analyze.py runs/dino-demo/last.pt runs/mae-demo/last.pt --out runs/analysis
+    python analyze.py weights/*.pt --data cifar10 --out runs/analysis
+    python analyze.py moco.pth=cl simmim.pth=mim --data imagenette/ --quick
+
+Writes analysis.json and analysis.png into --out and prints a table and the verdicts. An untrained network of the first
+checkpoint's shape is measured beside the others. A checkpoint of ours says what it is (dino: CL; mae, pcae: MIM; others
+take no side); of another file say it: FILE=cl or FILE=mim. Several files of one kind count as seeds.
+
+Where the paper's protocol is public (its notebooks) ours is the same: attention distance, normalised mutual
+information, Fourier log amplitude. Ours are: similarity of attention maps, of tokens within and across images,
+singular values, read-outs by depth, robustness to band noise, shape against texture; each is defined in its function.
+A verdict compares means: `holds` or `fails` where the margin is at least two standard errors, else `undecided`;
+errors over images, and over seeds where there are several. Claims 8 and 10 read JSON of eval_linear.py, claim 9 of
+eval_dense.py (--results).
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from eval_linear import accuracies, batches, train_heads
+from vit import (
+    Images,
+    InputError,
+    ViT,
+    cli,
+    knn,
+    launch,
+    list_images,
+    load_encoder,
+    load_images,
+    number_alike,
+    prepare,
+    stream,
+)
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("checkpoints", nargs="*", help="runs' last.pt, files of weights/, the authors' weights; FILE=cl, FILE=mim")
+    add("--data", help="demo.npz, any .npz, cifar10, cifar100, or a folder of images (what the first was trained on)")
+    add("--out", default="runs/analysis", help="folder for analysis.json and analysis.png")
+    add(
+        "--cue-conflict", metavar="DIR", help="<shape class>/<shape>-<texture>.png (demo.npz has two labels of its own)"
+    )
+    add(
+        "--results", nargs="*", default=[], metavar="FILE", help="last lines of eval_linear.py, eval_dense.py, as files"
+    )
+    add("--images", type=int, default=1000, help="test images that are measured")
+    add("--train-images", type=int, default=5000, help="training images of the read-outs")
+    add("--quick", action="store_true", help="200 test and 500 training images, fewer noise bands")
+    add("--batch", type=int, default=50, help="images at a time")
+    add("--workers", type=int, default=2, help="processes that decode images, where a set does not fit in memory")
+    add("--device", help="cuda, mps or cpu (the first that is there)")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="fp32",
+        help="auto: bf16 if the hardware has it",
+    )
+    args = p.parse_args(argv)
+    if not args.checkpoints:
+        raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
+    if args.quick:
+        args.images, args.train_images = min(args.images, 200), min(args.train_images, 500)
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------ self-attention
+
+
+def patches_only(maps, eps=1e-32):
+    """Attention among patches, (..., 1+N, 1+N) -> (..., N, N): the CLS token's row and column go, rows sum to one."""
+    maps = maps[..., 1:, 1:]
+    return maps / (maps.sum(dim=-1, keepdim=True) + eps)
+
+
+def attention_distance(maps, patch, grid):
+    """How far attention looks, px: mean over queries of the sum over keys of A_qk times their distance (notebook).
+
+    maps (B, H, 1+N, 1+N) -> (B, H). Uniform attention on 14 x 14 patches of 16 px: 116.5 px; attention to itself: 0.
+    """
+    y, x = torch.meshgrid(*(torch.arange(s, device=maps.device, dtype=maps.dtype) for s in grid), indexing="ij")
+    place = torch.stack([y.flatten(), x.flatten()], dim=1) * patch
+    return (patches_only(maps) * torch.cdist(place, place)).sum(dim=-1).mean(dim=-1)
+
+
+def nmi(maps):
+    """Normalised mutual information of query and key (notebook): 0 where all queries look alike, 1 where each has a key
+    of its own. p(q) = 1/N, p(k|q) = A_qk, I / sqrt(H(q) H(k)). maps (B, H, 1+N, 1+N) -> (B, H).
+    """
+    a = patches_only(maps, 1e-8)
+    n, p_k = a.shape[-1], a.mean(dim=-2)
+    information = (a * (a / p_k[..., None, :]).clamp(min=1e-30).log()).sum(dim=(-2, -1)) / n
+    entropy_k = -(p_k * p_k.clamp(min=1e-30).log()).sum(dim=-1)
+    return information / (math.log(n) * entropy_k).sqrt().clamp(min=1e-12)
+
+
+def mean_cosine(x):
+    """Mean cosine between all pairs of the n vectors of x (..., n, D), n > 1, by one sum: |Σu|² holds all pairs."""
+    u, n = F.normalize(x, dim=-1), x.shape[-2]
+    return (u.sum(dim=-2).square().sum(dim=-1) - n) / (n * (n - 1))
+
+
+def query_similarity(maps):
+    """Do all queries look alike? Mean cosine of the attention rows of one head, over pairs of queries: (B, H)."""
+    return mean_cosine(patches_only(maps))
+
+
+def head_similarity(maps):
+    """Do all heads look alike? Mean cosine of the attention rows of one query, over pairs of heads: (B,)."""
+    return mean_cosine(patches_only(maps).transpose(1, 2)).mean(dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------ representation
+
+
+def fourier_log_amplitude(tokens, grid):
+    """Log amplitude from DC to the highest diagonal frequency, less that of DC (notebook). (B, N, D) -> (B, bins).
+
+    The last bin is the paper's number, mostly a matter of DC: of the tokens' mean against what differs. Without DC:
+    last bin less the second. An 8 x 8 grid has four bins only.
+    """
+    x = rearrange(tokens.float(), "b (h w) d -> b d h w", h=grid[0])
+    log = (torch.fft.fft2(x).abs() + 1e-6).log()
+    log = torch.fft.fftshift(log, dim=(-2, -1)).mean(dim=1)
+    i = torch.arange(math.ceil(min(grid) / 2), device=tokens.device)
+    half = log[:, i + grid[0] // 2, i + grid[1] // 2]
+    return half - half[:, :1]
+
+
+def across_similarity(tokens):
+    """Mean cosine of the patch tokens (B, N, D) of different images, for each image against the others: (B,)."""
+    u = F.normalize(tokens, dim=-1).sum(dim=1)
+    return (u * (u.sum(dim=0) - u)).sum(dim=-1) / (tokens.shape[1] ** 2 * (len(u) - 1))
+
+
+def effective_rank(x):
+    """exp of the entropy of the normalised singular values of centred x (..., n, D), 1 to D (Roy, Vetterli, 2007)."""
+    s = torch.linalg.svdvals(x - x.mean(dim=-2, keepdim=True))
+    p = s / s.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    return torch.exp(-(p * p.clamp(min=1e-12).log()).sum(dim=-1))
+
+
+def band_noise(shape, band, g, width=0.1):
+    """Noise whose frequencies lie in [band, band + width) of the Nyquist frequency, standard deviation 1: (B, C, h, w).
+
+    The radius of a frequency (fy, fx), each in -1 to 1, is the larger of |fy| and |fx|: the bands tile the plane.
+    """
+    noise = torch.randn(shape, generator=g)
+    fy, fx = (torch.fft.fftfreq(s).abs() * 2 for s in shape[-2:])
+    radius = torch.maximum(fy[:, None], fx[None, :])
+    keep = (radius >= band) & (radius < band + width + (1e-6 if band + width >= 1 else 0))
+    noise = torch.fft.ifft2(torch.fft.fft2(noise) * keep).real
+    return noise / noise.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+
+
+def shape_or_texture(features, shapes, textures, k=20):
+    """What do neighbours share? Of each image's k nearest (cosine, itself aside), those that share its shape but not
+    its texture, against those that share its texture but not its shape, each over what chance would give.
+
+    features (n, D); shapes, textures (n,) -> (n,) in 0 (texture alone) to 1 (shape alone); nan where neither is met.
+    """
+    u = F.normalize(features.float(), dim=-1)
+    similar = u @ u.T
+    similar.fill_diagonal_(-2)
+    near = similar.topk(min(k, len(u) - 1), dim=1)[1]
+    shape, texture = shapes[:, None] == shapes, textures[:, None] == textures
+    only = (shape & ~texture).float(), (texture & ~shape).float()
+    found = [o.gather(1, near).sum(dim=1) / o.sum(dim=1).clamp(min=1) for o in only]
+    return found[0] / (found[0] + found[1])  # 0/0: nan
+
+
+# ----------------------------------------------------------------------------------------------------- one checkpoint
+
+
+@torch.no_grad()
+def measure_images(vit, images, config, args, device):
+    """Everything that is measured image by image: name -> (depth or depth+1, images), on the CPU.
+
+    Streams: at most one batch of maps and tokens is held. Depth 0 is the input of the first block.
+    """
+    rows, grid = {}, ViT.grid_of(config["img_size"], vit.patch)
+    keys = [(i.tolist(), [0.5] * len(i)) for i in torch.arange(len(images)).split(args.batch)]
+    for imgs in stream(images, keys, device, args.workers):
+        x = vit.embed(prepare(imgs, config["img_size"], config["mean"], config["std"]))
+        found = {}
+
+        def note(depth, **values):
+            for name, v in values.items():
+                found.setdefault(name, {})[depth] = v.reshape(len(imgs), -1).mean(dim=1).cpu()  # noqa: B023
+
+        for depth in range(len(vit.blocks) + 1):
+            tokens = x[:, 1:].float()
+            bins = fourier_log_amplitude(tokens, grid)
+            note(depth, fourier=bins[:, -1], fourier_without_dc=bins[:, -1] - bins[:, min(1, bins.shape[1] - 1)])
+            note(depth, within=mean_cosine(tokens), rank=effective_rank(tokens))
+            if len(imgs) > 1:
+                note(depth, across=across_similarity(tokens))
+            if depth == len(vit.blocks):
+                break
+            block = vit.blocks[depth]
+            maps = block.attn.maps(block.norm1(x)).float()
+            note(depth + 1, distance=attention_distance(maps, vit.patch, grid), nmi=nmi(maps))
+            note(depth + 1, queries=query_similarity(maps))
+            if maps.shape[1] > 1:
+                note(depth + 1, heads=head_similarity(maps))
+            x = block(x)
+        for name, by_depth in found.items():
+            for depth, v in by_depth.items():
+                rows.setdefault(name, {}).setdefault(depth, []).append(v)
+    return {name: {d: torch.cat(v) for d, v in by_depth.items()} for name, by_depth in rows.items()}
+
+
+@torch.no_grad()
+def features_by_depth(vit, images, config, args, device, noise=None):
+    """Mean patch tokens of each block, through the final norm; last, the method's own read-out: depth+1 of (n, D)."""
+    keys, out = [(i.tolist(), [0.5] * len(i)) for i in torch.arange(len(images)).split(args.batch)], []
+    for imgs in stream(images, keys, device, args.workers):
+        x = prepare(imgs, config["img_size"], config["mean"], config["std"])
+        if noise is not None:
+            x = x + noise(x.shape).to(x)
+        layers = vit.layers(x)
+        own = layers[-1][:, 0] if config["feature"] == "cls" else layers[-1][:, 1:].mean(dim=1)
+        out.append([*(t[:, 1:].mean(dim=1) for t in layers), own])
+    return [torch.cat(t).float() for t in zip(*out, strict=True)]
+
+
+def measure(vit, config, sets, args, device):
+    """All measurements of one encoder: those by image and depth, read-outs, robustness, shape against texture."""
+    vit = vit.to(device).eval()
+    found = dict(images=measure_images(vit, sets["test"], config, args, device))
+    train, test = (features_by_depth(vit, sets[s], config, args, device) for s in ("train", "test"))
+    found["image_rank"] = [effective_rank(t).item() for t in test]
+    if sets["train"].labels is not None:
+        y, wanted, n = sets["train"].labels.to(device), sets["test"].labels.to(device), len(train[0])
+        batch, found["knn"], found["linear"] = min(256, n), [], []
+        total = 30 * (n // batch)
+        for a, b in zip(train, test, strict=True):
+            found["knn"].append(knn(a, y, b, wanted)[20][0])
+            pairs = ((a[i], y[i]) for i, _ in batches(n, batch, 0, total, 0, 0, 1))
+            head = train_heads(pairs, total, a.shape[1], len(sets["train"].classes), [0.1, 1.0], batch, device)
+            found["linear"].append(max(accuracies(head(b), wanted)))
+        bands = torch.arange(0, 1, 0.2 if args.quick else 0.1).tolist()
+        found["noise"] = {}
+        for band in bands:
+            g = torch.Generator().manual_seed(0)
+            noisy = features_by_depth(
+                vit, sets["test"], config, args, device, lambda s, f=band, g=g: 0.5 * band_noise(s, f, g, bands[1])
+            )
+            found["noise"][round(band, 2)] = knn(train[-1], y, noisy[-1], wanted)[20][0] - found["knn"][-1]
+    if "shapes" in sets:
+        own = features_by_depth(vit, sets["cue"], config, args, device) if "cue" in sets else test
+        shares = [shape_or_texture(t, sets["shapes"].to(device), sets["textures"].to(device)) for t in own]
+        found["shape"] = [s[~s.isnan()].cpu() for s in shares]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- verdicts
+
+
+def compare(a, b):
+    """Margin of two groups, a less b, and its standard error. A group: (mean, error over images) of each seed.
+
+    The squared error of a group's mean is the mean squared error over images by the number of seeds, plus the variance
+    over seeds by their number where there are several.
+    """
+    squares = []
+    for group in (a, b):
+        means, errors = (torch.tensor(t, dtype=torch.float64) for t in zip(*group, strict=True))
+        seeds = len(means)
+        squares.append(errors.square().mean() / seeds + (means.var() / seeds if seeds > 1 else 0.0))
+    margin = sum(m for m, _ in a) / len(a) - sum(m for m, _ in b) / len(b)
+    return margin, float((squares[0] + squares[1]).sqrt())
+
+
+def verdict(claim, what, a, b, sign, found):
+    """Adds a line to `found`: has a less b the expected sign, by two standard errors? Empty groups: not measured."""
+    if not a or not b:
+        return found.append(dict(claim=claim, what=what, verdict="not measured"))
+    margin, error = compare(a, b)
+    kind = "undecided" if abs(margin) < 2 * error else "holds" if margin * sign > 0 else "fails"
+    means = [sum(m for m, _ in g) / len(g) for g in (a, b)]
+    found.append(dict(claim=claim, what=what, values=means, margin=margin, error=error, seeds=[len(a), len(b)]))
+    found[-1]["verdict"] = kind
+
+
+def verdicts(models, results):
+    """The ten claims of Park et al. as checks. models: name -> dict(kind, found). results: other scripts' JSON."""
+    cl, mim = ([m["found"] for m in models.values() if m["kind"] == kind] for kind in ("cl", "mim"))
+    found = []
+
+    def by_image(name, part):  # over images, of the mean over some depths
+        def one(m):
+            depths = sorted(m["images"][name])
+            v = torch.stack([m["images"][name][d] for d in part(depths)]).mean(dim=0)
+            return v.mean().item(), (v.std() / len(v) ** 0.5).item()
+
+        return [[one(m) for m in group if name in m["images"]] for group in (cl, mim)]
+
+    def accuracy(part):  # of the linear read-outs of some depths; binomial error
+        def one(m):
+            share = np.mean(part(m["linear"][:-1])) / 100
+            return 100 * share, 100 * math.sqrt(share * (1 - share) / m["test"])
+
+        return [[one(m) for m in group if "linear" in m] for group in (cl, mim)]
+
+    first, last = (lambda d: d[: max(1, len(d) // 3)]), (lambda d: d[-max(1, len(d) // 3) :])
+    verdict(1, "attention distance, later third: CL > MIM", *by_image("distance", last), 1, found)
+    verdict(2, "NMI, later third: CL < MIM", *by_image("nmi", last), -1, found)
+    verdict(3, "attention alike across queries, later third: CL > MIM", *by_image("queries", last), 1, found)
+    verdict(3, "attention alike across heads, later third: CL > MIM", *by_image("heads", last), 1, found)
+    verdict(4, "token cosine within an image, last block: CL > MIM", *by_image("within", lambda d: d[-1:]), 1, found)
+    verdict(4, "token cosine across images, last block: CL < MIM", *by_image("across", lambda d: d[-1:]), -1, found)
+    verdict(5, "high against low frequency, all blocks: CL < MIM", *by_image("fourier", lambda d: d[1:]), -1, found)
+    shape = [
+        [(v.mean().item(), (v.std() / len(v) ** 0.5).item()) for m in group if "shape" in m for v in m["shape"][-1:]]
+        for group in (cl, mim)
+    ]
+    verdict(6, "share of shape in what neighbours have in common: CL > MIM", *shape, 1, found)
+    verdict(7, "linear read-out, first third of blocks: CL < MIM", *accuracy(first), -1, found)
+    verdict(7, "linear read-out, last third of blocks: CL > MIM", *accuracy(last), 1, found)
+
+    def rows(key, kinds):  # from eval_linear.py and eval_dense.py
+        kept = [r for r in results if key in r and SIDES.get(r.get("method"), r.get("method")) in kinds]
+        kept = [r for r in kept if not r.get("scratch") and not r.get("drop_ratio")]
+        error = lambda r: math.sqrt(max(1e-9, r[key] * (100 - r[key])) / r["test"])
+        return [(r[key], r.get("error") or error(r)) for r in kept]
+
+    verdict(8, "linear probe: CL > MIM", rows("linear", ["cl"]), rows("linear", ["mim"]), 1, found)
+    verdict(8, "fine-tuned: CL < MIM", rows("finetuned", ["cl"]), rows("finetuned", ["mim"]), -1, found)
+    verdict(9, "dense read-out, mean IoU: CL < MIM", rows("dense", ["cl"]), rows("dense", ["mim"]), -1, found)
+    for key, name in (("linear", "linear probe"), ("finetuned", "fine-tuned")):
+        for kind in ("cl", "mim"):
+            verdict(10, f"{name}: hybrid > {kind.upper()}", rows(key, ["hybrid"]), rows(key, [kind]), 1, found)
+    return found
+
+
+SIDES = dict(dino="cl", mae="mim", pcae="mim")  # what a checkpoint's method says; siameseim and hybrid are both
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+def curves(found):
+    """Panel name -> the numbers of one model over depth (or over frequency), for the sheet."""
+    mean = lambda name: [(d, v.mean().item()) for d, v in sorted(found["images"].get(name, {}).items())]
+    steps = lambda name: list(enumerate(found.get(name, [])[:-1], 1))  # the last is the method's own read-out
+    names = dict(
+        distance="attention distance, px", nmi="NMI of query and key", queries="attention alike across queries"
+    )
+    names |= dict(heads="attention alike across heads", within="token cosine, one image")
+    names |= dict(across="token cosine, across images", fourier="log amplitude, highest - DC")
+    names |= dict(fourier_without_dc="log amplitude, highest - lowest", rank="effective rank of an image's tokens")
+    out = {title: mean(name) for name, title in names.items()}
+    out["effective rank of images"] = steps("image_rank")
+    out |= {"linear read-out, %": steps("linear"), "k-NN, %": steps("knn")}
+    out["k-NN change under noise, points"] = sorted(found.get("noise", {}).items())
+    out["shape share of what neighbours share"] = [
+        (i, v.mean().item()) for i, v in enumerate(found.get("shape", [])[:-1], 1) if len(v)
+    ]
+    return out
+
+
+def draw_sheet(models, file, patch, grid):
+    """One picture: a panel for each measure, a line for each model, dotted lines for uniform and identity attention."""
+    from matplotlib.figure import Figure
+
+    lines = {name: curves(m["found"]) for name, m in models.items()}
+    panels = [p for p in next(iter(lines.values())) if any(curve[p] for curve in lines.values())]
+    figure = Figure((20, 3.6 * math.ceil(len(panels) / 5)), layout="constrained")
+    uniform = torch.full((1, 1, 1 + math.prod(grid), 1 + math.prod(grid)), 1.0)
+    marks = {panels[0]: attention_distance(uniform, patch, grid).item(), "NMI of query and key": 0.0}
+    axes = figure.subplots(math.ceil(len(panels) / 5), 5, squeeze=False).flatten()
+    for ax, panel in zip(axes, panels, strict=False):
+        for name, curve in lines.items():
+            if curve[panel]:
+                ax.plot(*zip(*curve[panel], strict=True), "o-", label=name, markersize=3)
+        if panel in marks:
+            ax.axhline(marks[panel], color="grey", linestyle=":", label="uniform attention")
+            ax.axhline(0.0 if panel == panels[0] else 1.0, color="grey", linestyle="--", label="attention to itself")
+        ax.set(title=panel, xlabel="frequency of the noise, Nyquist = 1" if "noise" in panel else "block")
+    for ax in axes[len(panels) :]:
+        ax.axis("off")
+    axes[0].legend(fontsize=7)
+    figure.savefig(file, dpi=70)
+
+
+def plain(x):
+    """Tensors, numbers and dicts of them as what JSON can hold: per-image values become [mean, standard error]."""
+    if torch.is_tensor(x):
+        return [round(x.mean().item(), 6), round((x.std() / len(x) ** 0.5).item(), 6)] if len(x) > 1 else x.tolist()
+    if isinstance(x, dict):
+        return {str(k): plain(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [plain(v) for v in x]
+    return round(x, 6) if isinstance(x, float) else x
+
+
+def load_sets(args, config):
+    """Training and test images with labels where there are some, and shape and texture labels where they are known."""
+    side = max(config["img_size"])
+    canvas = side if side <= 64 else round(side * 8 / 7)
+    count = dict(train=args.train_images, test=args.images)
+    sets = {s: load_images(args.data, s, canvas).subset(count[s]) for s in ("train", "test")}
+    if sets["train"].labels is not None and sets["test"].labels is not None:
+        number_alike(sets["train"], sets["test"])
+    if args.cue_conflict:
+        files = [f for f in list_images(args.cue_conflict) if "-" in Path(f).stem]
+        if not files:
+            raise InputError(f"--cue-conflict {args.cue_conflict}: no <shape class>/<shape>-<texture>.png in it")
+        kinds = [Path(f).parent.name for f in files], [Path(f).stem.split("-")[-1].rstrip("0123456789") for f in files]
+        shapes, textures = (torch.from_numpy(np.unique(k, return_inverse=True)[1]) for k in kinds)
+        sets |= dict(cue=Images(files, side=canvas), shapes=shapes, textures=textures)
+    elif Path(args.data).name == "demo.npz":
+        shapes = load_images(args.data, "test", canvas, label="shapes").subset(args.images)
+        sets |= dict(shapes=shapes.labels, textures=sets["test"].labels)
+    return sets
+
+
+@cli
+def main(argv=None):
+    args = get_args(argv)
+    device, _, _ = launch(args)
+    models, first = {}, None
+    files = [c.rsplit("=", 1) if c.endswith(("=cl", "=mim")) else [c, None] for c in args.checkpoints]
+    for file, kind in files:
+        vit, config = load_encoder(file, quiet=True)
+        args.data = args.data or config.get("data", "demo.npz")
+        if first is None:
+            first, sets = (vit, config), load_sets(args, config)
+            torch.manual_seed(0)
+            untrained = ViT(**vit.config)
+        if config["in_chans"] != sets["test"].channels:
+            raise InputError(f"{file} takes {config['in_chans']} channels, {args.data} has {sets['test'].channels}")
+        name = Path(file).stem if Path(file).stem != "last" else Path(file).parent.name
+        kind = kind or SIDES.get(config.get("method"), "other")
+        models[name] = dict(kind=kind, found=measure(vit, config, sets, args, device))
+    models["untrained"] = dict(kind="untrained", found=measure(untrained, first[1], sets, args, device))
+    for m in models.values():
+        m["found"]["test"] = len(sets["test"])
+    results = [json.loads(Path(f).read_text().splitlines()[-1]) for f in args.results]
+    claims = verdicts(models, results)
+
+    out, patch, grid = Path(args.out), first[0].patch, first[0].grid
+    out.mkdir(parents=True, exist_ok=True)
+    draw_sheet(models, out / "analysis.png", patch, grid)
+    width = max(map(len, models)) + 1
+    panels = list(curves(models["untrained"]["found"]))
+    print("last block:")
+    for panel in panels:
+        row = {name: curves(m["found"])[panel] for name, m in models.items()}
+        print(f"  {panel:40}" + "".join(f"{name:>{width}} {c[-1][1]:8.3f}" for name, c in row.items() if c))
+    for c in claims:
+        numbers = ""
+        if "margin" in c:
+            numbers = (
+                f": {c['values'][0]:.3f} against {c['values'][1]:.3f}, margin {c['margin']:.3f} ± {c['error']:.3f}"
+            )
+        print(f"  claim {c['claim']:2} {c['verdict']:12} {c['what']}{numbers}")
+    result = dict(data=args.data, images=len(sets["test"]), models={n: plain(m) for n, m in models.items()})
+    result["claims"] = plain(claims)
+    (out / "analysis.json").write_text(json.dumps(result, indent=1))
+    verdict_of = [f"{c['claim']}: {c['verdict']}" for c in claims]
+    print(json.dumps(dict(out=str(out), data=args.data, images=len(sets["test"]), verdicts=verdict_of)))
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main() and None)

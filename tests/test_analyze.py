@@ -1,0 +1,202 @@
+"""Each measure against a slow loop from its formula and a closed form; verdicts; the script itself."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, fails, tiny
+from PIL import Image
+
+import analyze
+import dino
+import mae_pcae
+import vit
+
+close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def maps():
+    return torch.randn(3, 2, 17, 17, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
+
+
+def golden():
+    return {k: torch.from_numpy(v) for k, v in np.load(ROOT / "tests/golden/analysis.npz").items()}
+
+
+def test_golden():
+    z = golden()
+    side = round(z["latents"].shape[2] ** 0.5)
+    for depth, maps in enumerate(z["attention"]):
+        close(
+            analyze.attention_distance(maps.double(), int(z["patch"]), (side, side)).mean(0),
+            z["attention_distance_px"][depth],
+        )
+        close(analyze.nmi(maps).mean(0), z["nmi"][depth])
+    for depth, tokens in enumerate(z["latents"]):
+        close(analyze.fourier_log_amplitude(tokens, (side, side)).mean(0), z["fourier_log_amplitude"][depth])
+
+
+def test_closed_forms():
+    """Uniform attention on 14 x 14 patches of 16 px looks 116.5 px far and tells nothing; identity, 0 px and all."""
+    uniform, identity = torch.ones(1, 1, 197, 197) / 197, torch.eye(197)[None, None]
+    assert analyze.attention_distance(uniform, 16, (14, 14)).item() == pytest.approx(116.5, abs=0.05)
+    assert analyze.attention_distance(torch.ones(1, 1, 65, 65), 4, (8, 8)).item() == pytest.approx(16.55, abs=0.005)
+    assert analyze.attention_distance(identity, 16, (14, 14)).item() == 0
+    assert analyze.nmi(uniform).item() == pytest.approx(0, abs=1e-5)
+    assert analyze.nmi(identity).item() == pytest.approx(1, abs=1e-5)
+    close(analyze.query_similarity(uniform), torch.ones(1, 1))
+    close(analyze.query_similarity(identity), torch.zeros(1, 1))
+    close(analyze.head_similarity(identity.expand(1, 3, -1, -1)), torch.ones(1))
+    close(analyze.effective_rank(torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])), torch.tensor(2.0))
+    line = torch.linspace(-1, 1, 9)[:, None] * torch.randn(5)
+    close(analyze.effective_rank(line), torch.tensor(1.0))
+
+
+def test_distance_and_nmi_against_loops(maps):
+    distance, nmi = analyze.attention_distance(maps, 4, (2, 8)), analyze.nmi(maps)
+    for b in range(3):
+        for h in range(2):
+            a = maps[b, h, 1:, 1:] / maps[b, h, 1:, 1:].sum(-1, keepdim=True)
+            far = [a[q, k] * 4 * math.dist(divmod(q, 8), divmod(k, 8)) for q in range(16) for k in range(16)]
+            assert distance[b, h].item() == pytest.approx(float(sum(far)) / 16, rel=1e-5)
+            p_k = [sum(a[q, k] for q in range(16)) / 16 for k in range(16)]
+            i = sum(a[q, k] / 16 * (a[q, k] / p_k[k]).log() for q in range(16) for k in range(16))
+            entropy = -sum(p * p.log() for p in p_k)
+            assert nmi[b, h].item() == pytest.approx(float(i / (math.log(16) * entropy) ** 0.5), rel=1e-4)
+
+
+def test_similarities_against_loops(maps):
+    rows = maps[:, :, 1:, 1:]
+    cosine = lambda a, b: F.cosine_similarity(a, b, dim=0)
+    queries, heads = analyze.query_similarity(maps), analyze.head_similarity(maps)
+    for b in range(3):
+        pairs = [cosine(rows[b, 1, q], rows[b, 1, r]) for q in range(16) for r in range(16) if q != r]
+        close(queries[b, 1], torch.stack(pairs).mean())
+        close(heads[b], torch.stack([cosine(rows[b, 0, q], rows[b, 1, q]) for q in range(16)]).mean())
+    x = torch.randn(3, 4, 5)
+    across = [cosine(x[0, i], x[c, j]) for c in (1, 2) for i in range(4) for j in range(4)]
+    close(analyze.across_similarity(x)[0], torch.stack(across).mean())
+
+
+def test_fourier_against_a_loop():
+    x = torch.randn(2, 16, 3)
+    ours = analyze.fourier_log_amplitude(x, (4, 4))
+    for i in (0, 1):  # frequency (i, i), counted from DC downwards as fftshift does
+        logs = []
+        for b in range(2):
+            for c in range(3):
+                grid = x[b, :, c].view(4, 4)
+                wave = lambda y, u, f: torch.exp(torch.tensor(2j * math.pi * f * (y + u) / 4))
+                amplitude = sum(grid[y, u] * wave(y, u, i) for y in range(4) for u in range(4)).abs()
+                logs.append((b, (amplitude + 1e-6).log()))
+        if i == 0:
+            dc = [torch.stack([v for k, v in logs if k == b]).mean() for b in range(2)]
+        else:
+            close(
+                ours[:, 1], torch.stack([torch.stack([v for k, v in logs if k == b]).mean() - dc[b] for b in range(2)])
+            )
+    assert torch.equal(ours[:, 0], torch.zeros(2)) and ours.shape == (2, 2)
+
+
+def test_white_noise_and_an_offset():
+    """White tokens: +.33 on 14 x 14 (DC of real noise has one degree of freedom, others two); an offset lowers it."""
+    x = torch.randn(50, 196, 64, generator=torch.Generator().manual_seed(0))
+    assert analyze.fourier_log_amplitude(x, (14, 14))[:, -1].mean().item() == pytest.approx(0.33, abs=0.03)
+    assert analyze.fourier_log_amplitude(x + 2, (14, 14))[:, -1].mean() < -2.5
+
+
+@pytest.mark.parametrize("band", [0.0, 0.3, 0.9])
+def test_noise_stays_in_its_band(band):
+    noise = analyze.band_noise((4, 3, 32, 32), band, torch.Generator().manual_seed(0))
+    close(noise.std(dim=(1, 2, 3)), torch.ones(4))
+    spectrum, f = torch.fft.fft2(noise).abs(), torch.fft.fftfreq(32).abs() * 2
+    radius = torch.maximum(f[:, None], f[None])
+    assert spectrum[..., (radius < band - 1e-6) | (radius >= band + 0.1 + 1e-5)].max() < 1e-3
+
+
+def test_shape_or_texture_against_a_loop():
+    x, g = torch.randn(30, 4), torch.Generator().manual_seed(0)
+    shapes, textures = torch.randint(0, 3, (30,), generator=g), torch.randint(0, 2, (30,), generator=g)
+    ours = analyze.shape_or_texture(x, shapes, textures, k=5)
+    for i in range(30):
+        order = sorted(
+            (j for j in range(30) if j != i), key=lambda j, i=i: -float(F.cosine_similarity(x[i], x[j], dim=0))
+        )
+        kind = lambda j, i=i: (bool(shapes[i] == shapes[j]), bool(textures[i] == textures[j]))
+        rates = []
+        for wanted in ((True, False), (False, True)):
+            all_of = sum(kind(j) == wanted for j in range(30) if j != i)
+            rates.append(sum(kind(j) == wanted for j in order[:5]) / max(1, all_of))
+        expected = rates[0] / sum(rates) if sum(rates) else float("nan")
+        assert ours[i].item() == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    shapes, textures = torch.arange(300) % 3, torch.arange(300) // 3 % 2
+    assert analyze.shape_or_texture(F.one_hot(shapes) + 0.01 * torch.randn(300, 3), shapes, textures).nanmean() > 0.6
+    assert analyze.shape_or_texture(F.one_hot(textures) + 0.01 * torch.randn(300, 2), shapes, textures).nanmean() < 0.4
+
+
+def test_verdicts_need_two_standard_errors():
+    found = []
+    for a, b in (([(3, 0.1)], [(1, 0.1)]), ([(1, 0.1)], [(3, 0.1)]), ([(3, 1.0)], [(1, 1.0)]), ([], [(1, 0.1)])):
+        analyze.verdict(1, "a > b", a, b, 1, found)
+    assert [f["verdict"] for f in found] == ["holds", "fails", "undecided", "not measured"]
+    assert found[0]["margin"] == 2 and found[0]["error"] == pytest.approx(0.02**0.5)
+    margin, error = analyze.compare([(1, 0.3), (2, 0.3), (3, 0.3)], [(0, 0.4)])
+    assert margin == 2 and error == pytest.approx((0.09 / 3 + 1 / 3 + 0.16) ** 0.5)  # variance over three seeds is 1
+
+
+def test_the_script(npz, capsys):
+    dino.main(tiny("--steps", 2, out="d"))
+    mae_pcae.main(tiny("--steps", 2, out="m", method="mae"))
+    row = dict(method="dino", linear=80.0, test=100)
+    for name, more in (("a.json", {}), ("b.json", dict(method="mae", linear=50.0))):
+        vit.Path(name).write_text("text\n" + json.dumps(row | more) + "\n")
+    capsys.readouterr()
+    files = ["--results", "a.json", "b.json"]
+    result = analyze.main(["d/last.pt", "m/last.pt", "--quick", "--out", "an", "--device", "cpu", *files])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "8: holds" in last["verdicts"] and "9: not measured" in last["verdicts"] and last["images"] == 24
+    kinds = {name: m["kind"] for name, m in result["models"].items()}
+    assert kinds == {"d": "cl", "m": "mim", "untrained": "untrained"}
+    found = result["models"]["d"]["found"]
+    assert found["images"]["distance"].keys() == {"1", "2"} and len(found["linear"]) == 3
+    assert {c["claim"] for c in result["claims"]} == set(range(1, 11))
+    assert json.loads(vit.Path("an/analysis.json").read_text())["models"].keys() == kinds.keys()
+    with Image.open("an/analysis.png") as img:
+        assert img.width == 1400
+
+
+def test_streamed_in_small_batches_it_is_the_same(npz):
+    net = vit.ViT(16, 4, **vit.SIZES["test"]).eval()
+    config = dict(net.config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls")
+    images = vit.load_images(npz, "test", 16)
+    found = [
+        analyze.measure_images(net, images, config, analyze.get_args(["x", "--batch", b]), torch.device("cpu"))
+        for b in ("24", "8")
+    ]
+    for name in found[0].keys() - {"across"}:  # that one is defined within a batch
+        for depth in found[0][name]:
+            close(found[0][name][depth], found[1][name][depth])
+
+
+def test_cue_conflict_layout(npz, tmp_path):
+    dino.main(tiny("--steps", 1, out="d"))
+    for i, shape in enumerate(("cat", "dog", "car")):
+        for j, texture in enumerate(("bear", "clock")):
+            file = tmp_path / "cue" / shape / f"{shape}{i}-{texture}{j}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((16, 16, 3), 40 * i + 60 * j, dtype=np.uint8)).save(file)
+    result = analyze.main(["d/last.pt", "--quick", "--out", "an", "--cue-conflict", "cue", "--device", "cpu"])
+    assert len(result["models"]["d"]["found"]["shape"]) == 3
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [("", "no checkpoint given"), ("nowhere.pt", "no checkpoint at nowhere.pt"), ("d/last.pt --data x", "no such")],
+)
+def test_wrong_input(npz, capsys, options, message):
+    dino.main(tiny("--steps", 1, out="d"))
+    assert message in fails(analyze.main, options.split(), capsys)
