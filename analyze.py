@@ -239,7 +239,7 @@ def features_by_depth(vit, images, config, args, device, noise=None):
     return [torch.cat(t).float() for t in zip(*out, strict=True)]
 
 
-def measure(vit, config, sets, args, device):
+def measure_encoder(vit, config, sets, args, device):
     """All measurements of one encoder: those by image and depth, read-outs, robustness, shape against texture."""
     vit = vit.to(device).eval()
     found = dict(images=measure_images(vit, sets["test"], config, args, device))
@@ -448,8 +448,8 @@ def main(argv=None):
             raise InputError(f"{file} takes {config['in_chans']} channels, {args.data} has {sets['test'].channels}")
         name = Path(file).stem if Path(file).stem != "last" else Path(file).parent.name
         kind = kind or SIDES.get(config.get("method"), "other")
-        models[name] = dict(kind=kind, found=measure(vit, config, sets, args, device))
-    models["untrained"] = dict(kind="untrained", found=measure(untrained, first[1], sets, args, device))
+        models[name] = dict(kind=kind, found=measure_encoder(vit, config, sets, args, device))
+    models["untrained"] = dict(kind="untrained", found=measure_encoder(untrained, first[1], sets, args, device))
     for m in models.values():
         m["found"]["test"] = len(sets["test"])
     results = [json.loads(Path(f).read_text().splitlines()[-1]) for f in args.results]

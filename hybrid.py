@@ -45,7 +45,7 @@ def get_args(argv=None):
     add("--decoder-depth", type=int, help="* blocks of the decoder")
     add("--decoder-heads", type=int, help="* attention heads of the decoder")
     add("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], help="area of the crop, share of image")
-    add("--out", help="folder for last.pt, log.jsonl and pictures; a run found there goes on (runs/hybrid-<data>)")
+    add("--out", help="folder for last.pt, log.jsonl and pictures; a run found there goes on (runs/<method>-<data>)")
     own, rest = p.parse_known_args(argv)
     args = dino.get_args(rest)
     for name, value in PRESETS[args.preset].items():
@@ -59,7 +59,7 @@ def get_args(argv=None):
     return args
 
 
-def draw_numbers(args, step):
+def draw_all(args, step):
     """All random numbers of a step: MAE's crop, flip and noise, then DINO's global and local views."""
     return mae_pcae.draw_numbers(args, step), *dino.draw_crops(args, step)
 
@@ -146,7 +146,7 @@ def main(argv=None):
         lr, weight_decay, momentum, teacher_temp = dino.schedules(step, run.total, run.steps_per_epoch, args)
         update.set(lr, weight_decay)
         nets["student"].head.freeze_last_layer(step < args.freeze_last_layer * run.steps_per_epoch)
-        draws = [my_rows(d, rank, world, device) for d in draw_numbers(args, step)]
+        draws = [my_rows(d, rank, world, device) for d in draw_all(args, step)]
         due = run.log_due(step)
         rest = (teacher_temp, momentum, mean, std, due)
         stats = train_step(nets, teacher, center, update, imgs, draws, args, *rest)

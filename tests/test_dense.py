@@ -1,0 +1,100 @@
+"""Segmentation from attention and by a linear layer: against loops and closed forms, and the script itself."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails, tiny
+from PIL import Image
+
+import dino
+import eval_dense
+import vit
+
+
+def test_jaccard_against_a_loop():
+    a, b, valid = torch.rand(3, 6, 6) > 0.5, torch.rand(3, 6, 6) > 0.5, torch.rand(3, 6, 6) > 0.2
+    ours = eval_dense.jaccard(a, b, valid)
+    for i in range(3):
+        places = [(y, x) for y in range(6) for x in range(6) if valid[i, y, x]]
+        both = sum(bool(a[i, y, x] and b[i, y, x]) for y, x in places)
+        either = sum(bool(a[i, y, x] or b[i, y, x]) for y, x in places)
+        assert ours[i].item() == pytest.approx(both / either)
+
+
+def test_mean_iou_of_known_masks():
+    wanted = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]])
+    assert eval_dense.mean_iou(wanted.where(wanted != 255, 0), wanted, 3) == 1  # what is left out counts for nothing
+    assert eval_dense.mean_iou(torch.zeros(2, 4).long(), wanted, 3) == pytest.approx((4 / 7 + 0) / 2)
+    found = torch.tensor([[0, 0, 1, 1], [2, 0, 1, 1]])
+    assert eval_dense.mean_iou(found, wanted, 3) == pytest.approx((3 / 4 + 1 + 0) / 3)
+
+
+def test_the_commonest_class_of_a_patch():
+    masks = torch.tensor([[[0, 1, 2, 2], [1, 1, 255, 0], [255, 255, 0, 0], [255, 255, 0, 1]]])
+    assert eval_dense.patch_labels(masks, (2, 2), 3).tolist() == [[1, 2, 255, 0]]
+
+
+def test_attention_that_is_the_mask_scores_one():
+    class Seer(torch.nn.Module):
+        patch = 4
+
+        def attention(self, x):  # head 0 looks at the bright patches, head 1 at the dark ones
+            bright = torch.nn.functional.avg_pool2d(x[:, 0], 4).flatten(1) > 0
+            maps = torch.stack([bright, ~bright], dim=1).float() + 1e-4
+            return torch.nn.functional.pad(maps[:, :, None], (1, 0))
+
+    masks = torch.zeros(4, 16, 16).long()
+    masks[1:, 4:12, 8:] = 1  # the first has no foreground and is left out
+    imgs = (255 * masks[:, None]).byte().expand(-1, 3, -1, -1)
+    config = dict(img_size=[16, 16], mean=[0.5] * 3, std=[0.5] * 3)
+    assert eval_dense.from_attention(Seer(), imgs, masks, config, 0.99, torch.device("cpu")).tolist() == [1, 1, 1]
+
+
+def test_the_demo_masks_are_read_out(tmp_path, capsys):
+    """Shapes are yellow on blue: a linear layer on any patch token finds them, up to the size of a patch."""
+    dino.main(tiny("--steps", 1, "--img-size", 32, data="demo.npz", batch=64, out="d"))
+    capsys.readouterr()
+    result = eval_dense.main(["d/last.pt", "--images", "200", "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert len(result["dense_by_block"]) == 2 and result["dense"] > 60 and result["classes"] == 2
+    assert 0 < result["jaccard"] < 50 and result["method"] == "dino"
+
+
+def test_folders_of_pairs(npz, tmp_path, capsys):
+    dino.main(tiny("--steps", 1, out="d"))
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        mask = np.zeros((20, 30), dtype=np.uint8)
+        mask[5:15, 8:20] = 1 + i % 2
+        mask[:2] = 255
+        for folder, x in (
+            ("images", (mask[..., None] * 60 + rng.integers(0, 60, (20, 30, 3))).clip(0, 255)),
+            ("masks", mask),
+        ):
+            (tmp_path / "voc" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x.astype(np.uint8)).save(tmp_path / "voc" / folder / f"{i}.png")
+    (tmp_path / "voc/images/3.png").write_bytes(b"broken")
+    result = eval_dense.main(["d/last.pt", "--data", "voc", "--device", "cpu"])
+    assert result["classes"] == 3 and result["train"] + result["test"] == 11
+    assert "skipped" in capsys.readouterr().err
+    mask = eval_dense.read_mask("voc/masks/0.png", 10)
+    assert mask.shape == (10, 15) and set(mask.unique().tolist()) == {0, 1, 255}
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ("", "no checkpoint given"),
+        ("nowhere.pt", "no checkpoint at nowhere.pt"),
+        ("d/last.pt --data tiny.npz", "no folder with images/ and masks/"),
+        ("d/last.pt --data empty", "has a mask of the same name"),
+    ],
+)
+def test_wrong_input(npz, tmp_path, capsys, options, message):
+    dino.main(tiny("--steps", 1, out="d"))
+    for folder in ("images", "masks"):
+        (tmp_path / "empty" / folder).mkdir(parents=True)
+    assert message in fails(eval_dense.main, options.split(), capsys)
+    assert vit.Path("d/last.pt").exists()
