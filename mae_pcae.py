@@ -20,7 +20,8 @@ token, whose content attention has by then spread to others. The student predict
 Differs from the authors' code:
 - Crops and flips run on the device, for the whole batch, without rounding to 8 bits; images above 64 px come as random
   squares, --canvas px wide. Mean and std are those of the data at hand.
-- Linear layers start from a truncated normal of 0.02, as in vit.py (theirs: Xavier-uniform).
+- The encoder's linear layers start from a truncated normal of 0.02, as in vit.py (theirs: Xavier-uniform, which the
+  decoder has here too: with small weights it takes long to look beyond positions).
 - PCAE: the paper's criterion, cosine to the mean token (theirs: to the mean of unit vectors, --criterion unit). The
   teacher always starts as a copy of the student and moves once in an optimiser step (theirs: copied only when
   distributed, moved in every micro-batch). Predictions have the encoder's width (theirs: that of a patch's pixels).
@@ -63,7 +64,7 @@ from vit import (
 # --------------------------------------------------------------------------------------------------- options, presets
 
 PRESETS = {  # chosen by the size of the images; "224" is the papers' ViT-B/16
-    "demo": dict(size="nano", patch=4, img_size=32, epochs=20, warmup=2, batch=64, lr=8e-3, mask_ratio=0.5,
+    "demo": dict(size="nano", patch=4, img_size=32, epochs=16, warmup=2, batch=64, lr=8e-3, mask_ratio=0.5,
                  decoder_dim=64, decoder_depth=2, decoder_heads=4, drop_path=0.0, momentum=0.98),
     "32": dict(size="tiny", patch=4, img_size=None, epochs=400, warmup=20, batch=512, lr=1e-3, mask_ratio=0.75,
                decoder_dim=128, decoder_depth=4, decoder_heads=4, drop_path=0.0, momentum=0.996),
@@ -195,6 +196,8 @@ def standardise(x):
 class MAE(nn.Module):
     """Encoder on visible patches, light decoder on all (MAE, Figure 1). forward gives the loss."""
 
+    feature = "mean"  # what evaluation reads: mean patch token
+
     def __init__(self, shape, args, drop_path=0.0, out=None):
         super().__init__()
         self.vit = ViT(**shape, pos="sincos", drop_path=drop_path)
@@ -257,6 +260,8 @@ CRITERIA = dict(  # redundancy of each token of x (B, N, D), as (B, N): the most
 
 class PCAE(MAE):
     """The same encoder and decoder; the target is a momentum encoder's features at the few patches that it keeps."""
+
+    feature = "cls"  # patch tokens soon say more of their place than of what is there, the CLS token less
 
     def __init__(self, shape, args, drop_path=0.0):
         super().__init__(shape, args, drop_path, out=shape["dim"])
@@ -399,7 +404,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     net = METHODS[args.method](shape_of(args, train.channels), args, args.drop_path).to(device)
-    config = dict(net.vit.config, method=args.method, data=args.data, feature="mean")
+    config = dict(net.vit.config, method=args.method, data=args.data, feature=net.feature)
     config["mean"], config["std"] = train.stats()
     if args.init:
         start_from(args.init, dict(net=net), net.vit, config)

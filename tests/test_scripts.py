@@ -134,7 +134,8 @@ def test_options_of_one_name_have_one_meaning():
         n: set(t.values())
         for n, t in seen.items()
         if len(t) > 1
-        and n not in ("--data", "--out", "--img-size", "--precision", "--size", "--steps", "--batch", "--patch")
+        and n
+        not in ("--data", "--out", "--images", "--img-size", "--precision", "--size", "--steps", "--batch", "--patch")
     }
     assert all(len(t) == 1 for t in shared.values()), {n: t for n, t in shared.items() if len(t) > 1}
 
