@@ -73,6 +73,7 @@ PRESETS = {  # chosen by the size of the images; "224" is the papers' ViT-B/16
     "224": dict(size="base", patch=16, img_size=224, epochs=400, warmup=40, batch=4096, lr=1.5e-4, mask_ratio=0.75,
                 decoder_dim=512, decoder_depth=8, decoder_heads=16, drop_path=0.0, momentum=0.9999),
 }  # fmt: skip
+PCAE_PRESETS = {"demo": dict(epochs=4, warmup=0.5, lr=4e-3)}  # where it wants another than MAE
 
 
 def get_args(argv=None):
@@ -101,7 +102,8 @@ def get_args(argv=None):
     add("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], help="area of the crop, share of image")
     add("--reconstruct", nargs="+", metavar="IMAGE", help="draw what the run in --out makes of these files, and stop")
     args = p.parse_args(argv)
-    return resolve(args, PRESETS, args.method)
+    differ = PCAE_PRESETS if args.method == "pcae" else {}
+    return resolve(args, {name: preset | differ.get(name, {}) for name, preset in PRESETS.items()}, args.method)
 
 
 # --------------------------------------------------------------------------------------------------- views and masks
@@ -196,7 +198,7 @@ def standardise(x):
 class MAE(nn.Module):
     """Encoder on visible patches, light decoder on all (MAE, Figure 1). forward gives the loss."""
 
-    feature = "mean"  # what evaluation reads: mean patch token
+    feature, picture = "mean", "reconstruction.png"  # evaluation reads the mean patch token
 
     def __init__(self, shape, args, drop_path=0.0, out=None):
         super().__init__()
@@ -261,7 +263,7 @@ CRITERIA = dict(  # redundancy of each token of x (B, N, D), as (B, N): the most
 class PCAE(MAE):
     """The same encoder and decoder; the target is a momentum encoder's features at the few patches that it keeps."""
 
-    feature = "cls"  # patch tokens soon say more of their place than of what is there, the CLS token less
+    feature, picture = "cls", "tokens.png"  # patch tokens come to say more of their place than of what is there
 
     def __init__(self, shape, args, drop_path=0.0):
         super().__init__(shape, args, drop_path, out=shape["dim"])
@@ -437,7 +439,7 @@ def main(argv=None):
             run.save(step)
             if rank == 0:
                 sample = prepare(run.sample, args.img_size, config["mean"], config["std"])
-                draw(net, sample, config, run.out / ("reconstruction.png" if args.method == "mae" else "tokens.png"))
+                draw(net, sample, config, run.out / net.picture)
     return run.finish()
 
 

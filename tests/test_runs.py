@@ -20,7 +20,7 @@ SCRIPTS = {"dino": dino.main, "mae": mae_pcae.main, "pcae": mae_pcae.main, "siam
 FILES = {"dino": "dino.py", "mae": "mae_pcae.py", "pcae": "mae_pcae.py", "siameseim": "siameseim.py"}
 scripts = pytest.mark.parametrize("method", SCRIPTS)
 slow = [pytest.param(m, marks=pytest.mark.slow) for m in SCRIPTS if m != "dino"]
-dino_fast = pytest.mark.parametrize("method", ["dino", *slow])  # what takes long is tried on one method first
+dino_fast = pytest.mark.parametrize("method", ["dino", *slow])  # what is long, or vit.py's alone
 EXACT = ["--precision", "fp32", "--drop-path", 0, "--log-every", 1]
 
 
@@ -39,7 +39,7 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(method, npz):
     assert [r["step"] for r in log() if "loss" in r] == sorted({r["step"] for r in log() if "loss" in r})
 
 
-@scripts
+@dino_fast
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_and_restarts_change_nothing(method, folder, monkeypatch, workers):
     main = SCRIPTS[method]
@@ -149,7 +149,7 @@ def test_one_run_in_a_folder_and_a_killed_one_does_not_block_the_next(method, np
     assert start(FILES[method], *tiny("--epochs", 500, "--steps", 20, method=method)).returncode == 0
 
 
-@scripts
+@dino_fast
 def test_a_log_without_a_checkpoint_is_of_a_dead_run(method, npz):
     os.mkdir("run")
     vit.Path("run/log.jsonl").write_text('{"args": {}}\n{"step": 7, "seconds": 1e9}\n{"st')
@@ -157,7 +157,7 @@ def test_a_log_without_a_checkpoint_is_of_a_dead_run(method, npz):
     assert log()[0]["args"]["batch"] == 8 and max(r.get("seconds", 0) for r in log()) < 1e6
 
 
-@scripts
+@dino_fast
 def test_steps_stop_early_and_change_no_schedule(method, npz):
     SCRIPTS[method](tiny("--steps", 9, "--log-every", 1, out="short", method=method))
     SCRIPTS[method](tiny("--log-every", 1, out="long", method=method))
@@ -218,7 +218,7 @@ def test_fp16_with_its_scaler(method, npz):
 # Wrong input: one line that names the thing and the mend, and exit code 2 -------------------------------------------
 
 
-@scripts
+@dino_fast
 @pytest.mark.parametrize(
     "options,words",
     [
@@ -245,7 +245,7 @@ def test_wrong_input(method, npz, capsys, options, words):
     assert words in line and line.count("error:") == 1
 
 
-@scripts
+@dino_fast
 def test_options_that_differ_from_the_run_in_the_folder(method, npz, capsys):
     SCRIPTS[method](tiny("--steps", 2, method=method))
     line = fails(SCRIPTS[method], tiny("--steps", 2, "--lr", 0.5, method=method), capsys)
@@ -253,7 +253,7 @@ def test_options_that_differ_from_the_run_in_the_folder(method, npz, capsys):
     SCRIPTS[method](tiny("--steps", 3, "--workers", 1, method=method))  # these may change
 
 
-@scripts
+@dino_fast
 @pytest.mark.parametrize("damage", ["cut", "text", "foreign", "code"])
 def test_damaged_last_pt(method, npz, capsys, damage):
     SCRIPTS[method](tiny("--steps", 2, method=method))
@@ -269,7 +269,7 @@ def test_damaged_last_pt(method, npz, capsys, damage):
     assert "last.pt is not a" in fails(SCRIPTS[method], tiny("--steps", 4, method=method), capsys)
 
 
-@scripts
+@dino_fast
 def test_full_disk_keeps_the_old_checkpoint(method, npz, capsys, monkeypatch):
     SCRIPTS[method](tiny("--steps", 2, method=method))
     before = vit.Path("run/last.pt").read_bytes()
@@ -284,7 +284,7 @@ def test_full_disk_keeps_the_old_checkpoint(method, npz, capsys, monkeypatch):
     assert vit.Path("run/last.pt").read_bytes() == before and not vit.Path("run/last.pt.part").exists()
 
 
-@scripts
+@dino_fast
 def test_mends_with_a_warning(method, npz, capsys):
     SCRIPTS[method](tiny("--epochs", 2, "--warmup", 5, batch=512, method=method))
     err = capsys.readouterr().err
@@ -292,7 +292,7 @@ def test_mends_with_a_warning(method, npz, capsys):
     assert log()[0]["args"]["batch"] == 64 and checkpoint()["step"] == 2
 
 
-@scripts
+@dino_fast
 def test_ten_loose_pictures_without_labels(method, capsys):
     from PIL import Image
 
@@ -305,7 +305,7 @@ def test_ten_loose_pictures_without_labels(method, capsys):
     assert "no labels" in out and "knn" not in result and "skipped 1 unreadable images of 11: mine/9.png" in err
 
 
-@scripts
+@dino_fast
 def test_streamed_data_skips_broken_files_too(method, folder, monkeypatch):
     streamed(monkeypatch)
     vit.Path("photos/train/class0/000.png").write_bytes(b"broken")
