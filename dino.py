@@ -38,7 +38,6 @@ from torch import nn
 from torchvision.utils import make_grid, save_image
 
 from vit import (
-    BROKEN,
     SIZES,
     InputError,
     Run,
@@ -46,13 +45,12 @@ from vit import (
     check_plan,
     cli,
     common_options,
-    decode,
     launch,
     load_encoder,
     load_splits,
     prepare,
+    read_square,
     resolve,
-    square,
     start_from,
     stream,
 )
@@ -76,9 +74,9 @@ PRESETS = {  # chosen by the size of the images; "224" is the authors' 100 epoch
 ABLATIONS = ("no-centering", "no-sharpening", "no-momentum", "no-multicrop", "mse", "infonce")
 
 
-def get_args(argv=None):
+def get_args(argv=None, presets=PRESETS):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common_options(p, PRESETS)
+    common_options(p, presets)
     add = p.add_argument
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end of its cosine")
     add(
@@ -107,7 +105,7 @@ def get_args(argv=None):
     add("--teacher-temp-epochs", type=float, default=30, help="epochs from the one to the other, linear")
     add("--ablate", choices=ABLATIONS, help="take a part of the method away, to see what it was there for")
     add("--attention", nargs="+", metavar="IMAGE", help="draw what the run in --out looks at in these files, and stop")
-    args = resolve(p.parse_args(argv), PRESETS, "dino")
+    args = resolve(p.parse_args(argv), presets, "dino")
     if args.local_crops and args.local_size % args.patch:
         raise InputError(
             f"--local-size {args.local_size} is not a multiple of --patch {args.patch}: change one of them"
@@ -416,14 +414,9 @@ def attention_files(args, device):
     """--attention: the pictures for image files of the user's, from the encoder in --out."""
     vit, config = load_encoder(Path(args.out) / "last.pt")
     for name in args.attention:
-        try:
-            img = square(decode(name, max(config["img_size"]) * 2))[None]
-        except BROKEN as e:
-            raise InputError(f"--attention {name} is not a readable image ({e})") from None
+        img = read_square(name, max(config["img_size"]) * 2, config["in_chans"]).to(device)
         file = Path(args.out) / f"attention-{Path(name).stem}.png"
-        draw_attention(
-            vit.to(device), prepare(img.to(device), config["img_size"], config["mean"], config["std"]), config, file
-        )
+        draw_attention(vit.to(device), prepare(img, config["img_size"], config["mean"], config["std"]), config, file)
         print(file)
 
 

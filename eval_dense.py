@@ -28,7 +28,20 @@ from einops import rearrange
 from PIL import Image
 
 from eval_linear import batches, train_heads
-from vit import BROKEN, InputError, ViT, cli, decode, launch, list_images, load_encoder, load_images, prepare, square
+from vit import (
+    BROKEN,
+    InputError,
+    ViT,
+    cli,
+    decode,
+    launch,
+    list_images,
+    load_encoder,
+    load_images,
+    prepare,
+    spaced,
+    square,
+)
 
 
 def get_args(argv=None):
@@ -40,12 +53,7 @@ def get_args(argv=None):
     add("--images", type=int, default=1000, help="at most so many images to train on, and to test on")
     add("--img-size", type=int, help="input of the network, px (what the checkpoint says)")
     add("--device", help="cuda, mps or cpu (the first that is there)")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="fp32",
-        help="auto: bf16 if the hardware has it",
-    )
+    p.set_defaults(precision="fp32")
     args = p.parse_args(argv)
     if not args.checkpoint:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
@@ -74,7 +82,7 @@ def load_pairs(data, side, count):
     if not pairs:
         raise InputError(f"no file in {path / 'images'} has a mask of the same name in {path / 'masks'}")
     read, skipped = [], 0
-    for image, mask in pairs[: 2 * count]:
+    for image, mask in [pairs[i] for i in spaced(len(pairs), count + max(1, count // 9))]:
         try:
             read.append((square(decode(image, side)), square(read_mask(mask, side))))
         except BROKEN as e:
@@ -122,9 +130,9 @@ def from_attention(vit, imgs, masks, config, mass, device):
         x, m = prepare(x.to(device), config["img_size"], config["mean"], config["std"]), m.to(device)[:, None]
         keep = attention_mask(vit.attention(x)[:, :, 0, 1:], mass)
         keep = F.interpolate(rearrange(keep, "b n (h w) -> b n h w", h=h).float(), size=m.shape[-2:]) > 0.5
-        valid = m != 255
-        best = jaccard(keep, (m > 0) & valid, valid).amax(dim=1)
-        out.append(best[((m > 0) & valid).flatten(1).any(dim=1)].cpu())
+        foreground = (m > 0) & (m != 255)
+        best = jaccard(keep, foreground, m != 255).amax(dim=1)
+        out.append(best[foreground.flatten(1).any(dim=1)].cpu())
     return torch.cat(out)
 
 
@@ -157,11 +165,10 @@ def mean_iou(found, wanted, classes):
     return sum(jaccard(found == c, wanted == c, valid).item() for c in seen) / max(1, len(seen))
 
 
-def read_out(vit, pairs, config, depth, classes, device):
-    """Mean IoU of a linear layer on the patch tokens of one depth: (test images,)."""
+def read_out(vit, pairs, y, config, depth, classes, device):
+    """Mean IoU of a linear layer on the patch tokens of one depth, trained on patch labels y (n·N,): (test images,)."""
     grid = ViT.grid_of(config["img_size"], vit.patch)
     x = tokens_of(vit, pairs["train"][0], config, depth, device).flatten(0, 1)
-    y = patch_labels(pairs["train"][1], grid, classes).flatten().to(device)
     x, y = x[y != 255], y[y != 255]
     batch = min(1024, len(x))
     total = max(200, 5 * (len(x) // batch))
@@ -181,15 +188,21 @@ def main(argv=None):
     config["img_size"] = [args.img_size] * 2 if args.img_size else config["img_size"]
     if config["img_size"][0] != config["img_size"][1]:
         raise InputError(f"{args.checkpoint} takes {config['img_size']} px: give one --img-size, masks are square here")
+    if config["in_chans"] != 3:
+        raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, the images here have 3")
     pairs = load_pairs(args.data, config["img_size"][0], args.images)
-    classes = 1 + max(int(m[m != 255].max()) for _, m in pairs.values())
+    classes = 1 + max(int(m.where(m != 255, 0).max()) for _, m in pairs.values())
+    if classes == 1:
+        raise InputError(f"--data {args.data}: nothing but 0 in the masks (255 is left out: mark the object with 1)")
+    grid = ViT.grid_of(config["img_size"], vit.patch)
+    labels = torch.cat([patch_labels(m, grid, classes) for m in pairs["train"][1].split(50)]).flatten().to(device)
     torch.manual_seed(0)
     nets = {"untrained": ViT(**vit.config).to(device).eval(), "trained": vit.to(device)}
     result = dict(checkpoint=str(args.checkpoint), method=config.get("method"), data=args.data, classes=classes)
     error = lambda v: round(100 * (v.std() / len(v) ** 0.5).item(), 2) if len(v) > 1 else 0.0
     for name, net in nets.items():
         seen = from_attention(net, *pairs["test"], config, args.mass, device)
-        by_depth = [read_out(net, pairs, config, d, classes, device) for d in range(1, len(net.blocks) + 1)]
+        by_depth = [read_out(net, pairs, labels, config, d, classes, device) for d in range(1, len(net.blocks) + 1)]
         numbers = [round(100 * v.mean().item(), 2) for v in (seen, *by_depth)]
         print(f"{name:9}  attention, Jaccard of the best head {numbers[0]:5.2f} ± {error(seen):.2f} %")
         print(f"{'':9}  linear read-out, mean IoU by block: {' '.join(f'{v:5.2f}' for v in numbers[1:])} %")

@@ -178,12 +178,12 @@ def probe(args, vit, sets, config, device, rank, world):
         return train_heads(pairs(n, batch, total), total, test_x.shape[1], len(train.classes), rates, batch, device)
 
     test_x, x = all_features(test), None if args.augment else all_features(train)
-    tried, n = dict.fromkeys(args.rates, 0.0), len(train)
-    kept = n - n // 10
-    if kept < n and len(tried) > 1:
+    tried, n = {}, len(train)
+    kept = n - max(n // 10, min(len(train.classes), n // 2))  # at least an image a class, if they go round
+    if kept < n and len(args.rates) > 1:
         held = all_features(train.pick(range(kept, n))) if x is None else x[kept:]
         tried = dict(zip(args.rates, accuracies(fit(kept, args.rates)(held), y[kept:]), strict=True))
-    rate = max(tried, key=tried.get)
+    rate = max(tried, key=tried.get) if tried else args.rates[len(args.rates) // 2]
     accuracy = accuracies(fit(n, [rate])(test_x), test.labels.to(device))[0]
     tried = {f"{k:g}": round(v, 2) for k, v in tried.items()}
     return dict(linear=round(accuracy, 2), rate=rate, tried=tried, feature=config["feature"], layers=args.layers)
@@ -216,7 +216,7 @@ def gathered(rows, n):
 def drop_tokens(x, ratio):
     """CLS and the patch tokens least like their mean, (B, 1+N, D) -> (B, 1+n, D) with n = int(N (1 - ratio))."""
     cls, x = x[:, :1], x[:, 1:]
-    n = int(x.shape[1] * (1 - ratio) + 1e-6)
+    n = max(1, int(x.shape[1] * (1 - ratio) + 1e-6))
     like = F.cosine_similarity(x.float(), x.float().mean(dim=1, keepdim=True), dim=-1)
     index = like.topk(n, dim=1, largest=False)[1]
     return torch.cat([cls, x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
@@ -258,19 +258,19 @@ def macs(config, img_size, ratio=0.0, classes=0):
     for i in range(config["depth"]):
         total += (1 + n) * 4 * d * d + 2 * (1 + n) ** 2 * d
         if i in stages_of(config["depth"]):
-            n = int(n * (1 - ratio) + 1e-6)
+            n = max(1, int(n * (1 - ratio) + 1e-6))
         total += (1 + n) * 8 * d * d
     return total
 
 
 def layer_groups(net, decay, weight_decay):
-    """Optimiser groups: the learning rate's factor is decay ** (blocks above); biases and norms do not decay."""
+    """Optimiser groups: a learning rate's factor is decay ** (blocks above). Only weight matrices decay."""
     depth, groups = len(net.vit.blocks), {}
     for name, p in net.named_parameters():
         if p.requires_grad:
             block = int(name.split(".")[2]) + 1 if name.startswith("vit.blocks.") else 0
             layer = block if name.startswith(("vit.blocks", "vit.patch", "vit.cls", "vit.pos")) else depth + 1
-            key = (decay ** (depth + 1 - layer), weight_decay if p.ndim > 1 and "pos_embed" not in name else 0.0)
+            key = (decay ** (depth + 1 - layer), weight_decay if p.ndim == 2 or p.ndim == 4 else 0.0)
             groups.setdefault(key, []).append(p)
     return [dict(params=p, factor=factor, weight_decay=wd) for (factor, wd), p in groups.items()]
 
@@ -278,7 +278,6 @@ def layer_groups(net, decay, weight_decay):
 def mixed_loss(net, imgs, labels, weight, smoothing):
     """Cross-entropy of weight · image + (1 - weight) · its neighbour, with both labels (Zhang et al., 1710.09412)."""
     other = torch.arange(len(imgs), device=imgs.device) ^ 1
-    other = other.where(other < len(imgs), 0)
     imgs = torch.lerp(imgs[other], imgs, weight.view(-1, 1, 1, 1))
     logits = net(imgs).float()
     loss = lambda y: F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="none")
@@ -373,7 +372,7 @@ def draw_mixes(args, step, batch):
     if args.mixup:
         weight = torch.from_numpy(np.random.default_rng([args.seed, step]).beta(args.mixup, args.mixup, batch))
     return dict(
-        box=draw_boxes((batch, 1), args.canvas, args.crop_scale, 1.0, g),
+        box=draw_boxes((batch, 1), args.canvas, args.crop_scale, args.aspect, g),
         flip=torch.rand((batch, 1), generator=g) < 0.5,
         weight=torch.maximum(weight, 1 - weight).float(),
     )
@@ -392,7 +391,12 @@ def main(argv=None):
     args.data = args.data or config.get("data", "demo.npz")
     side = max(config["img_size"])
     args.canvas = side if side <= 64 else round(side * 8 / 7)
+    args.aspect = config["img_size"][1] / config["img_size"][0]
+    if rank > 0:
+        dist.barrier()  # process 0 goes first: it may have to download
     sets = {s: load_images(args.data, s, args.canvas, quiet=rank > 0) for s in ("train", "test")}
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
     if sets["train"].labels is None or sets["test"].labels is None:
         raise InputError(f"--data {args.data} has no labels: a read-out needs class folders, or labels in the .npz")
     if sets["train"].channels != config["in_chans"]:
@@ -402,7 +406,13 @@ def main(argv=None):
     number_alike(sets["train"], sets["test"])
     how = finetune if args.finetune else probe
     result = how(args, vit, sets, config, device, rank, world)
-    settings = dict(checkpoint=str(args.checkpoint), data=args.data, labels=args.labels, epochs=args.epochs)
+    settings = dict(
+        checkpoint=str(args.checkpoint),
+        method=config.get("method"),
+        data=args.data,
+        labels=args.labels,
+        epochs=args.epochs,
+    )
     result |= settings | dict(seed=args.seed, train=len(sets["train"]), test=len(sets["test"]))
     if rank == 0:
         print(json.dumps(result))

@@ -47,10 +47,9 @@ def get_args(argv=None):
     add("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], help="area of the crop, share of image")
     add("--out", help="folder for last.pt, log.jsonl and pictures; a run found there goes on (runs/<method>-<data>)")
     own, rest = p.parse_known_args(argv)
-    args = dino.get_args(rest)
-    for name, value in PRESETS[args.preset].items():
-        if f"--{name.replace('_', '-')}" not in rest:
-            setattr(args, name, value)
+    args = dino.get_args(rest, {name: preset | PRESETS[name] for name, preset in dino.PRESETS.items()})
+    if args.ablate:
+        raise InputError("--ablate is dino.py's: try it there")
     for name, value in vars(own).items():
         setattr(args, name, mae_pcae.PRESETS[args.preset].get(name) if value is None else value)
     args.out = own.out or dino.resolve(args, dino.PRESETS, "hybrid").out

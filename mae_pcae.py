@@ -40,7 +40,6 @@ from torch import nn
 from torchvision.utils import make_grid, save_image
 
 from vit import (
-    BROKEN,
     SIZES,
     Block,
     InputError,
@@ -49,14 +48,13 @@ from vit import (
     check_plan,
     cli,
     common_options,
-    decode,
     launch,
     load_checkpoint,
     load_splits,
     prepare,
+    read_square,
     resolve,
     sincos,
-    square,
     start_from,
     stream,
 )
@@ -103,7 +101,13 @@ def get_args(argv=None):
     add("--reconstruct", nargs="+", metavar="IMAGE", help="draw what the run in --out makes of these files, and stop")
     args = p.parse_args(argv)
     differ = PCAE_PRESETS if args.method == "pcae" else {}
-    return resolve(args, {name: preset | differ.get(name, {}) for name, preset in PRESETS.items()}, args.method)
+    args = resolve(args, {name: preset | differ.get(name, {}) for name, preset in PRESETS.items()}, args.method)
+    n = math.prod(ViT.grid_of(args.img_size, args.patch))
+    if not 0 < int(n * (1 - args.mask_ratio)) < n or not 0 < args.keep <= 1:
+        raise InputError(
+            f"--mask-ratio {args.mask_ratio} leaves all or none of {n} patches visible (or --keep is not a share)"
+        )
+    return args
 
 
 # --------------------------------------------------------------------------------------------------- views and masks
@@ -245,10 +249,10 @@ class MAE(nn.Module):
         return (pred - target).square().mean(), spread(pred), spread(target)
 
     def start_teacher(self):
-        """MAE has no teacher to start,"""
+        """Nothing to do: MAE has no teacher."""
 
     def after_step(self, momentum, ok):
-        """nor one to move after a step."""
+        """Nothing to do: MAE has no teacher."""
 
 
 CRITERIA = dict(  # redundancy of each token of x (B, N, D), as (B, N): the most redundant are dropped
@@ -285,7 +289,7 @@ class PCAE(MAE):
         for i, block in enumerate(self.teacher.blocks):
             x = block(x)
             if i in self.stages:
-                best = self.redundancy(x.float()).topk(int(x.shape[1] * self.keep), dim=1, largest=False)[1]
+                best = self.redundancy(x.float()).topk(max(1, int(x.shape[1] * self.keep)), dim=1, largest=False)[1]
                 x, index = take(x, best), index.gather(1, best)
                 left.append(index)
         return self.teacher.norm(x), left
@@ -335,6 +339,7 @@ def train_step(net, update, imgs, draws, args, momentum, mean, std):
 @torch.no_grad()
 def draw(net, x, config, file, tile=96):
     """For each of x (B, C, h, w): MAE's masked, reconstructed, original image, or PCAE's surviving tokens by stage."""
+    net.eval()
     noise = torch.rand((len(x), math.prod(net.vit.grid)), generator=seeded(0, 0)).to(x.device)
     visible, hidden = random_masking(noise, net.mask_ratio)
     patches = patchify(x, net.patch)
@@ -356,6 +361,7 @@ def draw(net, x, config, file, tile=96):
     rows = rows[:, [0, 1, 2] if rows.shape[1] == 3 else [0, 0, 0]]
     size = [tile * s // max(x.shape[-2:]) for s in x.shape[-2:]]
     save_image(make_grid(F.interpolate(rows, size=size).cpu(), nrow=len(columns), padding=2, pad_value=1), file)
+    net.train()
 
 
 def reconstruct_files(args, device):
@@ -365,18 +371,13 @@ def reconstruct_files(args, device):
     if "net" not in state or "decoder_pred.weight" not in state["net"]:
         raise InputError(f"{file} has no decoder, so it cannot reconstruct: give the --out of a run of this script")
     config = state["config"]
-    net = METHODS[config["method"]](shape_of(args, config["in_chans"]), args).to(device).eval()
-    try:
-        net.load_state_dict(state["net"])
-    except RuntimeError as e:
-        raise InputError(f"{file} is of another shape than these options ask for ({str(e).splitlines()[1]})") from None
+    options = argparse.Namespace(**state["options"])  # those it was trained with
+    net = METHODS[config["method"]](shape_of(options, config["in_chans"]), options).to(device)
+    net.load_state_dict(state["net"])
     for name in args.reconstruct:
-        try:
-            img = square(decode(name, max(config["img_size"])))[None]
-        except BROKEN as e:
-            raise InputError(f"--reconstruct {name} is not a readable image ({e})") from None
+        img = read_square(name, max(config["img_size"]), config["in_chans"]).to(device)
         out = Path(args.out) / f"reconstruction-{Path(name).stem}.png"
-        draw(net, prepare(img.to(device), config["img_size"], config["mean"], config["std"]), config, out)
+        draw(net, prepare(img, config["img_size"], config["mean"], config["std"]), config, out)
         print(out)
 
 

@@ -7,17 +7,19 @@ Tao et al., "Siamese Image Modeling for Self-Supervised Vision Representation Le
     torchrun --nproc-per-node=2 siameseim.py --data photos/  # several processes, the same batch
     python siameseim.py --ablate same-view                   # what is the other view there for?
 
-The idea. Masked image modelling learns where things are, contrastive learning what they are; this does both. Two views
-of an image are cropped and coloured independently. The online network sees part of view a, is told where the patches of
-view b lie relative to a, and predicts for each of them the output of a momentum encoder that sees all of b. Colours
-differ, so only what both views share can be predicted: meaning; at every place, so that it stays spatial.
+The idea. Masked image modelling learns where things are, contrastive learning what they are; this does both. Two
+views of an image are cropped and coloured independently. The online network sees part of view a, is told where the
+patches of view b lie relative to a, and predicts for each of them the output of a momentum encoder that sees all of
+b. Colours differ (not in the demo, which has few), so only what both views share can be predicted: meaning; at every
+place, so that it stays spatial.
 
 Differs from the authors' code:
 - Augmentation runs on the device, in batch: colour operations in a fixed order, no rounding to 8 bits in between,
   blur's sigma counted in pixels of a 224 px image. Images above 64 px come as random squares, --canvas px wide.
 - Block-wise masks: the last block is thinned at random to reach the exact count. Random masks work (theirs: disabled).
 - The target network moves at the end of a step (theirs: at the beginning of the next; the first step aside, the same).
-- BatchNorm always uses the statistics of the batch at hand, and keeps none; they are global on CPUs too.
+- BatchNorm always uses the statistics of the batch at hand, and keeps none; they are global on CPUs too. With
+  --accumulate they are those of a micro-batch (with --norm layer the result is that of the whole batch).
 - C is a mean over processes without need of a process group; no (tokens x tokens) matrix is built.
 - Linear layers start from a truncated normal of 0.02 (theirs: Xavier-uniform). Mean and std are those of the data.
 - A non-finite gradient skips the step. --batch counts all processes and micro-batches.
@@ -37,6 +39,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 from vit import (
     SIZES,
     Block,
+    InputError,
     Run,
     ViT,
     check_plan,
@@ -96,7 +99,11 @@ def get_args(argv=None):
     add("--color", type=float, help="* strength of jitter, grey and solarization; 1 as published")
     add("--blur", type=float, nargs=2, default=[1.0, 0.1], help="probability of blur, in view a and in view b")
     add("--ablate", choices=ABLATIONS, help="take a part of the method away, to see what it was there for")
-    return resolve(p.parse_args(argv), PRESETS, "siameseim")
+    args = resolve(p.parse_args(argv), PRESETS, "siameseim")
+    n = math.prod(ViT.grid_of(args.img_size, args.patch))
+    if not 0 <= round(n * args.mask_ratio) < n:
+        raise InputError(f"--mask-ratio {args.mask_ratio} leaves none of {n} patches visible")
+    return args
 
 
 # -------------------------------------------------------------------------------------- views, masks, where they lie
@@ -144,8 +151,8 @@ def draw_pairs(args, step):
     )
     order = dict(block=block_order, random=random_order)[args.mask]
     grid = ViT.grid_of(size, args.patch)
-    visible = math.prod(grid) - round(args.mask_ratio * math.prod(grid))
-    return draws | dict(visible=order(args.batch, grid, args.mask_ratio, g)[:, -visible:])
+    hidden = round(args.mask_ratio * math.prod(grid))
+    return draws | dict(visible=order(args.batch, grid, args.mask_ratio, g)[:, hidden:])
 
 
 def random_order(batch, grid, ratio, g):
@@ -183,8 +190,8 @@ def places(box, flip, side, grid):
     to a side, patch m of b, from y2 on and h2 high, has its centre at (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2 on a's
     grid; so across, mirrored where one view is flipped and the other is not.
     """
-    y, x, h, w = (t[..., None] for t in box.double().unbind(-1))  # (B, 2, 1)
-    side = torch.as_tensor(side).view(-1, 1)
+    y, x, h, w = (t[..., None] for t in box.unbind(-1))  # (B, 2, 1)
+    side = torch.as_tensor(side, device=box.device).view(-1, 1)
     x = torch.where(flip[..., None], side[..., None] - x - w, x)  # from the left of the view as it was flipped
     (y1, y2), (x1, x2), (h1, h2), (w1, w2) = (t.unbind(1) for t in (y, x, h, w))
     m, n = (torch.arange(g, device=box.device) + 0.5 for g in grid)
@@ -442,7 +449,7 @@ def spread(x):
 
 
 def global_loss(pred, target, c, weight=0.02):
-    """One vector per image in place of one per position: the means over patches, standardised again."""
+    """One vector per image in place of one per position: means over patches, standardised again; C of this process."""
     y, z = pred.mean(dim=1), F.layer_norm(target.mean(dim=1), target.shape[-1:])
     return siameseim_loss(y, z, correlation(z), weight)
 

@@ -43,13 +43,18 @@ SIZES = {  # timm and DINO name them ViT-Ti, S, B, L; "nano" is the size for a C
 }
 
 
+class InputError(ValueError):
+    """Something the user gave is wrong: the message names it and the mend. `cli` turns it into exit code 2."""
+
+
 def sincos(y, x, dim):
     """Fixed sine-cosine position embedding of arbitrary positions (MAE; Transformer, section 3.5, in two dimensions).
 
     y, x: any equal shape (...), in units of patches. Returns (..., dim): sin, cos of x, then sin, cos of y, as MAE's.
     """
-    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64, device=x.device) / (dim // 4))
-    x, y = x[..., None].double() * omega, y[..., None].double() * omega
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # a Mac's GPU has no float64
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=exact, device=x.device) / (dim // 4))
+    x, y = x[..., None].to(exact) * omega, y[..., None].to(exact) * omega
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1).float()
 
 
@@ -110,8 +115,8 @@ class ViT(nn.Module):
 
     Another image size than `img_size` is accepted if the patch divides it; positions are then interpolated (bicubic,
     to an explicit size, in fp32). DINO interpolates by a scale factor plus 0.1 patches, which samples slightly other
-    places: at such sizes CLS tokens differ by about 0.02. Raises ValueError where the patch does not divide the image.
-    The pieces `embed`, `blocks` and `norm` are there to be called one by one.
+    places: at such sizes CLS tokens differ by about 0.02. Raises InputError (a ValueError)
+    where the patch does not divide the image. The pieces `embed`, `blocks` and `norm` can be called one by one.
     """
 
     def __init__(
@@ -143,7 +148,7 @@ class ViT(nn.Module):
     @staticmethod
     def grid_of(size, patch):
         if size[0] % patch or size[1] % patch:
-            raise ValueError(f"the image size {size[0]}x{size[1]} is not a multiple of the patch, {patch}")
+            raise InputError(f"the image size {size[0]}x{size[1]} is not a multiple of the patch, {patch}")
         return size[0] // patch, size[1] // patch
 
     def positions(self, grid):
@@ -201,10 +206,6 @@ class ViT(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-class InputError(ValueError):
-    """Something the user gave is wrong: the message names it and the mend. `cli` turns it into exit code 2."""
-
-
 def cli(main):
     """Decorator for main(argv): an InputError becomes one line on stderr and exit code 2."""
 
@@ -256,6 +257,17 @@ def square(img, offset=0.5):
     s = min(h, w)
     y, x = int((h - s) * offset), int((w - s) * offset)
     return img[..., y : y + s, x : x + s]
+
+
+def read_square(file, side, channels=3):
+    """The middle square of one image file of a user's, for a network of 3 channels or 1: uint8 (1, C, side, side)."""
+    try:
+        img = square(decode(file, side))[None]
+    except BROKEN as e:
+        raise InputError(f"{file} is not a readable image ({e})") from None
+    if channels not in (1, 3):
+        raise InputError(f"{file} is an image of 3 channels, the network takes {channels}")
+    return img if channels == 3 else img.float().mean(dim=1, keepdim=True).round().byte()
 
 
 class Images(torch.utils.data.Dataset):

@@ -12,6 +12,7 @@ from PIL import Image
 
 import analyze
 import dino
+import eval_linear
 import mae_pcae
 import vit
 
@@ -151,10 +152,11 @@ def test_verdicts_need_two_standard_errors():
 def test_the_script(npz, capsys):
     dino.main(tiny("--steps", 2, out="d"))
     mae_pcae.main(tiny("--steps", 2, out="m", method="mae"))
-    row = dict(method="dino", linear=80.0, test=100)
-    for name, more in (("a.json", {}), ("b.json", dict(method="mae", linear=50.0))):
-        vit.Path(name).write_text("text\n" + json.dumps(row | more) + "\n")
     capsys.readouterr()
+    for out in ("d", "m"):  # the real lines of eval_linear.py, with other numbers
+        row = eval_linear.main([f"{out}/last.pt", "--device", "cpu", "--epochs", "1"])
+        row |= dict(linear=dict(d=80.0, m=50.0)[out], test=100)
+        vit.Path(dict(d="a", m="b")[out] + ".json").write_text("text\n" + json.dumps(row) + "\n")
     files = ["--results", "a.json", "b.json"]
     result = analyze.main(["d/last.pt", "m/last.pt", "--quick", "--out", "an", "--device", "cpu", *files])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -187,3 +187,17 @@ def test_a_checkpoint_without_decoder_is_refused(npz, capsys):
     vit.save_checkpoint("run/last.pt", state)
     line = fails(mae_pcae.main, tiny("--reconstruct", "mine.jpg", method="mae"), capsys)
     assert "has no decoder, so it cannot reconstruct" in line
+
+
+@pytest.mark.parametrize("more", [("--mask-ratio", 0), ("--mask-ratio", 0.99), ("--mask-ratio", 1), ("--keep", 0)])
+def test_masks_that_leave_nothing_are_refused(npz, capsys, more):
+    assert "leaves all or none of 16 patches" in fails(mae_pcae.main, tiny(*more, method="pcae"), capsys)
+
+
+def test_reconstruction_uses_the_options_of_its_run(npz, monkeypatch):
+    mae_pcae.main(tiny("--steps", 1, "--no-norm-pix", "--mask-ratio", 0.5, method="mae"))
+    seen = []
+    monkeypatch.setattr(mae_pcae, "draw", lambda net, *_: seen.append((net.norm_pix, net.mask_ratio)))
+    Image.radial_gradient("L").save("mine.jpg")
+    mae_pcae.main(["--data", npz, "--out", "run", "--reconstruct", "mine.jpg"])
+    assert seen == [(False, 0.5)]

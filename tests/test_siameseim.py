@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import checkpoint, log, tensors, tiny
+from conftest import checkpoint, fails, log, tensors, tiny
 from PIL import Image
 from torch import nn
 
@@ -155,3 +155,21 @@ def test_a_collapse_is_named(npz, capsys, monkeypatch):
     monkeypatch.setattr(siameseim.SiameseIM, "targets", lambda self, imgs: torch.ones(len(imgs), 16, 16))
     siameseim.main(tiny("--steps", 12, method="siameseim"))
     assert "COLLAPSED" in capsys.readouterr().out
+
+
+def test_a_step_on_a_gpu_mixes_no_devices(npz):
+    """Fake tensors know their device but hold no numbers: no GPU is needed to find one that was left on the CPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    args = siameseim.get_args(tiny(method="siameseim"))
+    with FakeTensorMode():
+        net = siameseim.SiameseIM(siameseim.shape_of(args, 3), args).to("cuda")
+        imgs, flip = torch.zeros(4, 3, 16, 16, device="cuda"), torch.zeros(4, 2, dtype=torch.bool, device="cuda")
+        visible = torch.zeros(4, 6, dtype=torch.long, device="cuda")
+        y, z = net(imgs, visible, torch.ones(4, 2, 4, device="cuda"), flip, 16), net.targets(imgs)
+        assert siameseim.siameseim_loss(y, z, siameseim.correlation(z))[0].device.type == "cuda"
+
+
+@pytest.mark.parametrize("ratio,words", [(1, "leaves none of 16 patches"), (-1, "leaves none of 16 patches")])
+def test_mask_ratios_out_of_range(npz, capsys, ratio, words):
+    assert words in fails(siameseim.main, tiny("--mask-ratio", ratio, method="siameseim"), capsys)
