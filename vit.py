@@ -132,7 +132,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         tokens = 1 + self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim), requires_grad=pos == "learned")
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()  # SiameseIM's encoder has none
         for m in self.modules():

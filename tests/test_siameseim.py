@@ -47,18 +47,18 @@ def test_equal_views_lie_on_each_other():
     box = torch.tensor([[[3, 5, 20, 16]] * 2, [[0, 1, 9, 12]] * 2]).float()
     for flip in ([False, False], [True, True]):
         rows, columns, taller, wider = siameseim.places(box, torch.tensor([flip] * 2), 32, (4, 8))
-        close(rows, torch.arange(4).repeat_interleave(8).expand(2, -1).double())
-        close(columns, torch.arange(8).repeat(4).expand(2, -1).double())
+        close(rows, torch.arange(4).repeat_interleave(8).expand(2, -1).float())
+        close(columns, torch.arange(8).repeat(4).expand(2, -1).float())
         assert not taller.any() and not wider.any()
     columns = siameseim.places(box, torch.tensor([[False, True]] * 2), 32, (4, 8))[1]
-    close(columns, torch.arange(7, -1, -1).repeat(4).expand(2, -1).double())  # mirrored
+    close(columns, torch.arange(7, -1, -1).repeat(4).expand(2, -1).float())  # mirrored
 
 
 def test_the_right_half_of_a_view():
     box = torch.tensor([[[0, 0, 16, 16], [0, 8, 16, 8]]]).float()
     _, columns, taller, wider = siameseim.places(box, torch.tensor([[False, False]]), 32, (4, 4))
-    close(columns[0, :4], torch.tensor([1.75, 2.25, 2.75, 3.25]).double())
-    close(wider, torch.full((1, 16), 10 * math.log(0.5)).double())
+    close(columns[0, :4], torch.tensor([1.75, 2.25, 2.75, 3.25]).float())
+    close(wider, torch.full((1, 16), 10 * math.log(0.5)))
     assert not taller.any()
 
 
@@ -161,13 +161,13 @@ def test_a_step_on_a_gpu_mixes_no_devices(npz):
     """Fake tensors know their device but hold no numbers: no GPU is needed to find one that was left on the CPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    args = siameseim.get_args(tiny(method="siameseim"))
-    with FakeTensorMode():
-        net = siameseim.SiameseIM(siameseim.shape_of(args, 3), args).to("cuda")
+    net, _ = net_and_args()
+    with FakeTensorMode() as mode:
+        params = {name: mode.from_tensor(p.detach()).to("cuda") for name, p in net.named_parameters()}
         imgs, flip = torch.zeros(4, 3, 16, 16, device="cuda"), torch.zeros(4, 2, dtype=torch.bool, device="cuda")
-        visible = torch.zeros(4, 6, dtype=torch.long, device="cuda")
-        y, z = net(imgs, visible, torch.ones(4, 2, 4, device="cuda"), flip, 16), net.targets(imgs)
-        assert siameseim.siameseim_loss(y, z, siameseim.correlation(z))[0].device.type == "cuda"
+        visible, box = torch.zeros(4, 6, dtype=torch.long, device="cuda"), torch.ones(4, 2, 4, device="cuda")
+        y = torch.func.functional_call(net, params, (imgs, visible, box, flip, 16))
+        assert y.device.type == siameseim.correlation(y).device.type == "cuda"
 
 
 @pytest.mark.parametrize("ratio,words", [(1, "leaves none of 16 patches"), (-1, "leaves none of 16 patches")])
