@@ -162,8 +162,10 @@ def test_a_step_on_a_gpu_mixes_no_devices(npz):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     net, _ = net_and_args()
-    with FakeTensorMode() as mode:
-        params = {name: mode.from_tensor(p.detach()).to("cuda") for name, p in net.named_parameters()}
+    mode, params = FakeTensorMode(), {name: p.detach() for name, p in net.named_parameters()}
+    params = {name: mode.from_tensor(p) for name, p in params.items()}
+    with mode:
+        params = {name: p.to("cuda") for name, p in params.items()}
         imgs, flip = torch.zeros(4, 3, 16, 16, device="cuda"), torch.zeros(4, 2, dtype=torch.bool, device="cuda")
         visible, box = torch.zeros(4, 6, dtype=torch.long, device="cuda"), torch.ones(4, 2, 4, device="cuda")
         y = torch.func.functional_call(net, params, (imgs, visible, box, flip, 16))
