@@ -119,3 +119,10 @@ def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
 def test_mask_and_dropping_are_absent_from_evaluation():
     model, x = net(), torch.randn(2, 3, 32, 32)
     assert torch.equal(model.encode(x), model.encode(x))
+
+
+@torch.no_grad()
+def test_torch_export_gives_the_same_tokens():
+    net, x = vit.ViT(16, 4, **vit.SIZES["test"]).eval(), torch.randn(2, 3, 16, 16)
+    exported = torch.export.export(net, (x,)).module()
+    torch.testing.assert_close(exported(x), net(x), rtol=1e-4, atol=1e-4)
