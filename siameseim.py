@@ -56,7 +56,7 @@ from vit import (
 # --------------------------------------------------------------------------------------------------- options, presets
 
 PRESETS = {  # chosen by the size of the images; "224" is the authors' ViT-B/16
-    "demo": dict(size="nano", patch=4, img_size=32, epochs=10, warmup=1, batch=64, lr=4e-3, decoder_dim=64,
+    "demo": dict(size="nano", patch=4, img_size=32, epochs=6, warmup=1, batch=64, lr=4e-3, decoder_dim=64,
                  decoder_heads=4, projector_depth=1, decoder_depth=2, crop_scale=[0.3, 1.0], color=0.0, momentum=0.98,
                  neg_weight=0.24, drop_path=0.0),
     "32": dict(size="tiny", patch=4, img_size=None, epochs=400, warmup=20, batch=512, lr=1e-3, decoder_dim=192,
