@@ -10,6 +10,9 @@ openreview 8T4qmZbTkW7.
     torchrun --nproc-per-node=2 mae_pcae.py --data photos/    # several processes, the same batch
     python mae_pcae.py --reconstruct cat.jpg                  # what the run above makes of a picture of yours
 
+Measured: `python mae_pcae.py`, k-NN 70.1 % (seed 0) in 2.7 minutes on 2 CPU cores; untrained 29.9, raw pixels 25.1.
+PCAE learns on CIFAR-10, but is not stable on the embedded images yet (RESULTS.md).
+
 The idea of MAE. Hide three quarters of the patches; the encoder sees only the rest, so it is cheap; a small decoder
 gets its output and a mask token for each hidden patch, and must paint what was there. Recognising makes that easier.
 
@@ -71,7 +74,9 @@ PRESETS = {  # chosen by the size of the images; "224" is the papers' ViT-B/16
     "224": dict(size="base", patch=16, img_size=224, epochs=400, warmup=40, batch=4096, lr=1.5e-4, mask_ratio=0.75,
                 decoder_dim=512, decoder_depth=8, decoder_heads=16, drop_path=0.0, momentum=0.9999),
 }  # fmt: skip
-PCAE_PRESETS = {"demo": dict(epochs=4, warmup=0.5, lr=4e-3)}  # where it wants another than MAE
+PCAE_PRESETS = {
+    "demo": dict(epochs=8, warmup=0.5, lr=2e-3, mask_ratio=0.75, momentum=0.99)
+}  # where it wants another than MAE
 
 
 def get_args(argv=None):
