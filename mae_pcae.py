@@ -207,7 +207,7 @@ def standardise(x):
 class MAE(nn.Module):
     """Encoder on visible patches, light decoder on all (MAE, Figure 1). forward gives the loss."""
 
-    feature, picture = "mean", "reconstruction.png"  # evaluation reads the mean patch token
+    picture = "reconstruction.png"
 
     def __init__(self, shape, args, drop_path=0.0, out=None):
         super().__init__()
@@ -272,7 +272,7 @@ CRITERIA = dict(  # redundancy of each token of x (B, N, D), as (B, N): the most
 class PCAE(MAE):
     """The same encoder and decoder; the target is a momentum encoder's features at the few patches that it keeps."""
 
-    feature, picture = "cls", "tokens.png"  # patch tokens come to say more of their place than of what is there
+    picture = "tokens.png"
 
     def __init__(self, shape, args, drop_path=0.0):
         super().__init__(shape, args, drop_path, out=shape["dim"])
@@ -412,7 +412,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     net = METHODS[args.method](shape_of(args, train.channels), args, args.drop_path).to(device)
-    config = dict(net.vit.config, method=args.method, data=args.data, feature=net.feature)
+    config = dict(net.vit.config, method=args.method, data=args.data, feature="mean")
     config["mean"], config["std"] = train.stats()
     if args.init:
         start_from(args.init, dict(net=net), net.vit, config)

@@ -18,8 +18,10 @@ import vit
 
 SCRIPTS = {"dino": dino.main, "mae": mae_pcae.main, "pcae": mae_pcae.main, "siameseim": siameseim.main}
 FILES = {"dino": "dino.py", "mae": "mae_pcae.py", "pcae": "mae_pcae.py", "siameseim": "siameseim.py"}
-scripts = pytest.mark.parametrize("method", SCRIPTS)
+everywhere = pytest.mark.parametrize("method", SCRIPTS)
 slow = [pytest.param(m, marks=pytest.mark.slow) for m in SCRIPTS if m != "dino"]
+quick = ["dino", "mae", pytest.param("pcae", marks=pytest.mark.slow), "siameseim"]  # PCAE shares its file with MAE
+scripts = pytest.mark.parametrize("method", quick)
 dino_fast = pytest.mark.parametrize("method", ["dino", *slow])  # what is long, or vit.py's alone
 EXACT = ["--precision", "fp32", "--drop-path", 0, "--log-every", 1]
 
@@ -29,7 +31,7 @@ def streamed(monkeypatch):
     monkeypatch.setattr(vit, "load_images", functools.partial(vit.load_images, max_bytes=0))
 
 
-@scripts
+@everywhere
 def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(method, npz):
     main = SCRIPTS[method]
     main(tiny("--steps", 20, "--drop-path", 0.1, out="straight", method=method))
@@ -91,7 +93,7 @@ def nearly(a, b, name):
         torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-5, msg=lambda m, k=k: f"{name} {k}: {m}")
 
 
-@scripts
+@everywhere
 def test_accumulation_is_the_whole_batch(method, npz):
     exact = [*EXACT, "--epochs", 5, *(["--norm", "layer"] if method == "siameseim" else [])]  # BatchNorm: of a forward
     SCRIPTS[method](tiny(*exact, batch=16, out="whole", method=method))
@@ -111,7 +113,7 @@ def test_two_processes_are_one(method, npz):
     nearly("one", "two", method)
 
 
-@scripts
+@dino_fast
 def test_as_a_user_starts_it(method, npz):
     done = start(FILES[method], *tiny("--steps", 3, method=method))
     assert done.returncode == 0, done.stderr[-2000:]

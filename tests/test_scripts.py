@@ -140,7 +140,9 @@ def test_options_of_one_name_have_one_meaning():
     assert all(len(t) == 1 for t in shared.values()), {n: t for n, t in shared.items() if len(t) > 1}
 
 
-@pytest.mark.parametrize("method", ["dino", "mae", "pcae", "siameseim"])
+@pytest.mark.parametrize(
+    "method", ["dino", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mae", "pcae", "siameseim"))]
+)
 def test_bench_measures_a_small_step(method, capsys):
     import bench
 
