@@ -36,6 +36,7 @@ from vit import (
     InputError,
     ViT,
     cli,
+    in_order,
     knn,
     launch,
     list_images,
@@ -189,8 +190,7 @@ def measure_images(vit, images, config, args, device):
     Streams: at most one batch of maps and tokens is held. Depth 0 is the input of the first block.
     """
     rows, grid = {}, ViT.grid_of(config["img_size"], vit.patch)
-    keys = [(i.tolist(), [0.5] * len(i)) for i in torch.arange(len(images)).split(args.batch)]
-    for imgs in stream(images, keys, device, args.workers):
+    for imgs in stream(images, in_order(images, args.batch), device, args.workers):
         x = vit.embed(prepare(imgs, config["img_size"], config["mean"], config["std"]))
         found = {}
 
@@ -223,8 +223,8 @@ def measure_images(vit, images, config, args, device):
 @torch.no_grad()
 def features_by_depth(vit, images, config, args, device, noise=None):
     """Mean patch tokens of each block, through the final norm; last, the method's own read-out: depth+1 of (n, D)."""
-    keys, out = [(i.tolist(), [0.5] * len(i)) for i in torch.arange(len(images)).split(args.batch)], []
-    for imgs in stream(images, keys, device, args.workers):
+    out = []
+    for imgs in stream(images, in_order(images, args.batch), device, args.workers):
         x = prepare(imgs, config["img_size"], config["mean"], config["std"])
         if noise is not None:
             x = x + noise(x.shape).to(x)

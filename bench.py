@@ -167,10 +167,10 @@ def old_packages():
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)  # losses of DINO and SiameseIM need one
 
 
-def theirs(nets, device, loss_of, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95), between=lambda: None, groups=None):
+def theirs(net, device, loss_of, betas=(0.9, 0.95), between=lambda: None, groups=None):
     """One step around the authors' network, in the order of their engine; `loss_of` and `between` are theirs too."""
-    params = groups or [p for net in nets for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=betas)
+    params = groups or [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.05, betas=betas)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
 
     def step(i, imgs):
@@ -225,7 +225,7 @@ def authors_dino(args, device):
 
     loss_of = lambda i: loss_fn(student(crops), teacher(crops[:2]), 1)
     inner = theirs(
-        [student], device, loss_of, between=between, betas=(0.9, 0.999), groups=utils.get_params_groups(student)
+        student, device, loss_of, between=between, betas=(0.9, 0.999), groups=utils.get_params_groups(student)
     )
 
     def step(i, imgs):
@@ -248,7 +248,7 @@ def authors_mae(args, device):
 
     net = models_mae.MaskedAutoencoderViT(**mae_like(args, norm_pix_loss=args.norm_pix)).to(device)
     imgs = torch.randn(args.batch, 3, *args.img_size, device=device)
-    return theirs([net], device, lambda i: net(imgs, mask_ratio=args.mask_ratio)[0], between=grad_norm(net))
+    return theirs(net, device, lambda i: net(imgs, mask_ratio=args.mask_ratio)[0], between=grad_norm(net))
 
 
 def authors_pcae(args, device):
@@ -267,7 +267,7 @@ def authors_pcae(args, device):
         found = student(imgs, student_ids_keep=seen, teacher_ids_keep=left)
         return 1 - nn.functional.cosine_similarity(found, latent, dim=-1).mean()
 
-    inner = theirs([student], device, loss_of, between=grad_norm(student))
+    inner = theirs(student, device, loss_of, between=grad_norm(student))
 
     def step(i, imgs):
         inner(i, imgs)
@@ -294,7 +294,7 @@ def authors_siameseim(args, device):
     mask = torch.ones(args.batch, tokens, device=device).scatter(1, draws["visible"].to(device), 0.0)
     ones = torch.ones(args.batch, device=device)
     place = (0.1 * ones, 0.1 * ones, 1.1 * ones, 0.9 * ones, draws["flip"][:, 0].to(device), 0.2 * ones)
-    return theirs([net], device, lambda i: net(a, b, place, 0.996, True, mask=mask)[0], between=grad_norm(net, 1.0))
+    return theirs(net, device, lambda i: net(a, b, place, 0.996, True, mask=mask)[0], between=grad_norm(net, 1.0))
 
 
 AUTHORS = {  # a file, a word in it, and the function

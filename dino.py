@@ -75,7 +75,7 @@ PRESETS = {  # chosen by the size of the images; "224" is the authors' 100 epoch
 ABLATIONS = ("no-centering", "no-sharpening", "no-momentum", "no-multicrop", "mse", "infonce")
 
 
-def get_args(argv=None, presets=PRESETS):
+def get_args(argv=None, presets=PRESETS, method="dino"):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_options(p, presets)
     add = p.add_argument
@@ -106,7 +106,7 @@ def get_args(argv=None, presets=PRESETS):
     add("--teacher-temp-epochs", type=float, default=30, help="epochs from the one to the other, linear")
     add("--ablate", choices=ABLATIONS, help="take a part of the method away, to see what it was there for")
     add("--attention", nargs="+", metavar="IMAGE", help="draw what the run in --out looks at in these files, and stop")
-    args = resolve(p.parse_args(argv), presets, "dino")
+    args = resolve(p.parse_args(argv), presets, method)
     if args.local_crops and args.local_size % args.patch:
         raise InputError(
             f"--local-size {args.local_size} is not a multiple of --patch {args.patch}: change one of them"

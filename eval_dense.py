@@ -50,7 +50,7 @@ def get_args(argv=None):
     add("checkpoint", nargs="?", help="last.pt of a run, a file of weights/, or the authors' weights")
     add("--data", default="demo.npz", help="demo.npz, or a folder with images/ and masks/")
     add("--mass", type=float, default=0.6, help="share of the attention that the mask of a head holds")
-    add("--images", type=int, default=1000, help="at most so many images to train on, and to test on")
+    add("--pairs", type=int, default=1000, help="at most so many images and masks to train on, and to test on")
     add("--img-size", type=int, help="input of the network, px (what the checkpoint says)")
     add("--device", help="cuda, mps or cpu (the first that is there)")
     p.set_defaults(precision="fp32")
@@ -140,15 +140,13 @@ def from_attention(vit, imgs, masks, config, mass, device):
 
 
 @torch.no_grad()
-def tokens_of(vit, imgs, config, depth, device):
-    """Patch tokens after block `depth`, through the final norm: (n, N, D)."""
-    parts = []
-    for x in imgs.split(50):
-        x = vit.embed(prepare(x.to(device), config["img_size"], config["mean"], config["std"]))
-        for block in vit.blocks[:depth]:
-            x = block(x)
-        parts.append(vit.norm(x)[:, 1:].float())
-    return torch.cat(parts)
+def by_block(vit, imgs, config, device):
+    """Patch tokens after each block, through the final norm: yields (n, N, D), one depth held at a time."""
+    size = (config["img_size"], config["mean"], config["std"])
+    x = torch.cat([vit.embed(prepare(part.to(device), *size)) for part in imgs.split(50)])
+    for block in vit.blocks:
+        x = torch.cat([block(part) for part in x.split(50)])
+        yield vit.norm(x)[:, 1:].float()
 
 
 def patch_labels(masks, grid, classes):
@@ -165,19 +163,21 @@ def mean_iou(found, wanted, classes):
     return sum(jaccard(found == c, wanted == c, valid).item() for c in seen) / max(1, len(seen))
 
 
-def read_out(vit, pairs, y, config, depth, classes, device):
-    """Mean IoU of a linear layer on the patch tokens of one depth, trained on patch labels y (n·N,): (test images,)."""
-    grid = ViT.grid_of(config["img_size"], vit.patch)
-    x = tokens_of(vit, pairs["train"][0], config, depth, device).flatten(0, 1)
+def read_out(train, y, test, masks, grid, classes, device):
+    """Mean IoU of a linear layer on the patch tokens of one depth: (test images,).
+
+    train, test (n, N, D): tokens. y (n·N,): labels of the training patches. masks (n, S, S): of the test images.
+    """
+    x = train.flatten(0, 1)
     x, y = x[y != 255], y[y != 255]
     batch = min(1024, len(x))
     total = max(200, 5 * (len(x) // batch))
     steps = ((x[i], y[i]) for i, _ in batches(len(x), batch, 0, total, 0, 0, 1))
     head = train_heads(steps, total, x.shape[1], classes, [0.1], batch, device)
-    logits = head(tokens_of(vit, pairs["test"][0], config, depth, device).flatten(0, 1))[0]
-    found = rearrange(logits.argmax(dim=-1).cpu(), "(b h w) -> b 1 h w", h=grid[0], w=grid[1]).float()
-    found = F.interpolate(found, size=pairs["test"][1].shape[-2:])[:, 0].long()
-    return torch.tensor([mean_iou(f, m, classes) for f, m in zip(found, pairs["test"][1], strict=True)])
+    found = head(test.flatten(0, 1))[0].argmax(dim=-1).cpu()
+    found = rearrange(found, "(b h w) -> b 1 h w", h=grid[0], w=grid[1]).float()
+    found = F.interpolate(found, size=masks.shape[-2:])[:, 0].long()
+    return torch.tensor([mean_iou(f, m, classes) for f, m in zip(found, masks, strict=True)])
 
 
 @cli
@@ -190,7 +190,7 @@ def main(argv=None):
         raise InputError(f"{args.checkpoint} takes {config['img_size']} px: give one --img-size, masks are square here")
     if config["in_chans"] != 3:
         raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, the images here have 3")
-    pairs = load_pairs(args.data, config["img_size"][0], args.images)
+    pairs = load_pairs(args.data, config["img_size"][0], args.pairs)
     classes = 1 + max(int(m.where(m != 255, 0).max()) for _, m in pairs.values())
     if classes == 1:
         raise InputError(f"--data {args.data}: nothing but 0 in the masks (255 is left out: mark the object with 1)")
@@ -202,7 +202,10 @@ def main(argv=None):
     error = lambda v: round(100 * (v.std() / len(v) ** 0.5).item(), 2) if len(v) > 1 else 0.0
     for name, net in nets.items():
         seen = from_attention(net, *pairs["test"], config, args.mass, device)
-        by_depth = [read_out(net, pairs, labels, config, d, classes, device) for d in range(1, len(net.blocks) + 1)]
+        tokens = (by_block(net, pairs[split][0], config, device) for split in ("train", "test"))
+        by_depth = [
+            read_out(a, labels, b, pairs["test"][1], grid, classes, device) for a, b in zip(*tokens, strict=True)
+        ]
         numbers = [round(100 * v.mean().item(), 2) for v in (seen, *by_depth)]
         print(f"{name:9}  attention, Jaccard of the best head {numbers[0]:5.2f} ± {error(seen):.2f} %")
         print(f"{'':9}  linear read-out, mean IoU by block: {' '.join(f'{v:5.2f}' for v in numbers[1:])} %")

@@ -40,6 +40,8 @@ from vit import (
     cli,
     drop_path,
     features,
+    in_order,
+    in_turn,
     launch,
     load_encoder,
     load_images,
@@ -120,9 +122,13 @@ class Reader:
     def encode(self, imgs, feature):
         if self.layers == 1 and feature != "both":
             return self.vit.encode(imgs, feature)
-        parts = dict(cls=lambda x: [x[:, 0]], mean=lambda x: [x[:, 1:].mean(dim=1)])
-        parts["both"] = lambda x: parts["cls"](x) + parts["mean"](x)
-        return torch.cat([v for x in self.vit.layers(imgs)[-self.layers :] for v in parts[feature](x)], dim=1)
+        return torch.cat([pooled(x, feature) for x in self.vit.layers(imgs)[-self.layers :]], dim=1)
+
+
+def pooled(x, feature):
+    """Tokens (B, 1+N, D) to their CLS token, their mean patch token, or both side by side: (B, D) or (B, 2 D)."""
+    cls, mean = x[:, 0], x[:, 1:].mean(dim=1)
+    return dict(cls=cls, mean=mean, both=torch.cat([cls, mean], dim=1))[feature]
 
 
 def train_heads(pairs, total, width, classes, rates, batch, device):
@@ -246,9 +252,7 @@ class Classifier(nn.Module):
             if i in stages:
                 x = drop_tokens(x, self.ratio)
             x = x + drop_path(block.mlp(block.norm2(x)), p)
-        x = self.vit.norm(x)
-        parts = dict(cls=[x[:, 0]], mean=[x[:, 1:].mean(dim=1)], both=[x[:, 0], x[:, 1:].mean(dim=1)])
-        return self.head(torch.cat(parts[self.feature], dim=1))
+        return self.head(pooled(self.vit.norm(x), self.feature))
 
 
 def macs(config, img_size, ratio=0.0, classes=0):
@@ -324,7 +328,7 @@ def finetune(args, vit, sets, config, device, rank, world):
     right = torch.zeros((), device=device)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         mine = test.pick(range(rank, len(test), world))
-        keys = [(i.tolist(), [0.5] * len(i)) for i in torch.arange(len(mine)).split(256)]
+        keys = in_order(mine, 256)
         for (index, _), imgs in zip(keys, stream(mine, keys, device, args.workers), strict=True):
             logits = net(prepare(imgs, config["img_size"], config["mean"], config["std"]))
             right += (logits.argmax(dim=1) == mine.labels[index].to(device)).sum()
@@ -392,11 +396,8 @@ def main(argv=None):
     side = max(config["img_size"])
     args.canvas = side if side <= 64 else round(side * 8 / 7)
     args.aspect = config["img_size"][1] / config["img_size"][0]
-    if rank > 0:
-        dist.barrier()  # process 0 goes first: it may have to download
-    sets = {s: load_images(args.data, s, args.canvas, quiet=rank > 0) for s in ("train", "test")}
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
+    load = lambda: {s: load_images(args.data, s, args.canvas, quiet=rank > 0) for s in ("train", "test")}
+    sets = in_turn(load, rank)
     if sets["train"].labels is None or sets["test"].labels is None:
         raise InputError(f"--data {args.data} has no labels: a read-out needs class folders, or labels in the .npz")
     if sets["train"].channels != config["in_chans"]:

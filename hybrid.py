@@ -45,14 +45,12 @@ def get_args(argv=None):
     add("--decoder-depth", type=int, help="* blocks of the decoder")
     add("--decoder-heads", type=int, help="* attention heads of the decoder")
     add("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], help="area of the crop, share of image")
-    add("--out", help="folder for last.pt, log.jsonl and pictures; a run found there goes on (runs/<method>-<data>)")
     own, rest = p.parse_known_args(argv)
-    args = dino.get_args(rest, {name: preset | PRESETS[name] for name, preset in dino.PRESETS.items()})
+    args = dino.get_args(rest, {name: preset | PRESETS[name] for name, preset in dino.PRESETS.items()}, "hybrid")
     if args.ablate:
         raise InputError("--ablate is dino.py's: try it there")
     for name, value in vars(own).items():
         setattr(args, name, mae_pcae.PRESETS[args.preset].get(name) if value is None else value)
-    args.out = own.out or dino.resolve(args, dino.PRESETS, "hybrid").out
     if not 0 <= args.weight <= 1:
         raise InputError(f"--weight {args.weight} is not between 0 and 1")
     return args

@@ -468,7 +468,7 @@ def same_view(draws):
     return draws | {k: draws[k][:, :1].repeat_interleave(2, dim=1) for k in ("box", "flip")}
 
 
-def ablate(args):
+def ablated(args):
     """Changes the options so that one part of the method is gone; returns the loss, and what to do with the draws."""
     changes = {"no-color": dict(color=0.0, blur=[0.0, 0.0]), "no-uniformity": dict(neg_weight=0.0)}
     vars(args).update(changes.get(args.ablate, {}))
@@ -528,7 +528,7 @@ def main(argv=None):
     run = Run(args, rank, world)
     train, test = load_splits(args, rank)
     check_plan(args, len(train), world, rank)
-    loss_fn, alter = ablate(args)
+    loss_fn, alter = ablated(args)
 
     torch.manual_seed(args.seed)
     net = SiameseIM(shape_of(args, train.channels), args, args.drop_path).to(device)

@@ -500,6 +500,11 @@ def stream(images, batches, device="cpu", workers=2):
         yield batch.to(device, non_blocking=True)
 
 
+def in_order(images, batch):
+    """What stream() takes to go through all images once: their indices, and the middle square of each."""
+    return [(i.tolist(), [0.5] * len(i)) for i in torch.arange(len(images)).split(batch)]
+
+
 def in_worker(_):
     """A process that decodes: Ctrl-C is its parent's business, and so is the lock on the run's folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -700,17 +705,27 @@ def launch(args):
 
 
 def load_splits(args, rank):
-    """Training images, and test images or None without labels. Process 0 goes first: it may have to download them."""
-    if rank > 0:
-        dist.barrier()
-    train = load_images(args.data, "train", args.canvas, quiet=rank > 0)
-    test = load_images(args.data, "test", args.canvas, quiet=True) if train.labels is not None else None
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
+    """Training images, and test images or None without labels."""
+
+    def load():
+        train = load_images(args.data, "train", args.canvas, quiet=rank > 0)
+        return train, load_images(args.data, "test", args.canvas, quiet=True) if train.labels is not None else None
+
+    train, test = in_turn(load, rank)
     if test is None or test.labels is None:
         return train, None
     number_alike(train, test)
     return train, test
+
+
+def in_turn(load, rank):
+    """load() on process 0, which may have to download, then on the others."""
+    if rank > 0:
+        dist.barrier()
+    loaded = load()
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return loaded
 
 
 def number_alike(train, test):
@@ -786,9 +801,8 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
 @torch.no_grad()
 def features(vit, images, config, device, dtype=torch.float32, batch=256, workers=2):
     """Vectors of all images, (N, D) on the device; vit None: raw pixels, centred, and at most 32 x 32 of them."""
-    keys = [(i.tolist(), [0.5] * len(i)) for i in torch.arange(len(images)).split(batch)]
     out = []
-    for imgs in stream(images, keys, device, workers):
+    for imgs in stream(images, in_order(images, batch), device, workers):
         x = prepare(imgs, config["img_size"], config["mean"], config["std"])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             small = lambda x: F.adaptive_avg_pool2d(x, [min(32, s) for s in x.shape[-2:]]).flatten(1)

@@ -56,7 +56,7 @@ def test_the_demo_masks_are_read_out(tmp_path, capsys):
     """Shapes are yellow on blue: a linear layer on any patch token finds them, up to the size of a patch."""
     dino.main(tiny("--steps", 1, "--img-size", 32, data="demo.npz", batch=64, out="d"))
     capsys.readouterr()
-    result = eval_dense.main(["d/last.pt", "--images", "200", "--device", "cpu"])
+    result = eval_dense.main(["d/last.pt", "--pairs", "200", "--device", "cpu"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert len(result["dense_by_block"]) == 2 and result["dense"] > 60 and result["classes"] == 2
     assert 0 < result["jaccard"] < 50 and result["method"] == "dino"

@@ -22,7 +22,7 @@ def test_copies_are_identical():
     seen = collections.defaultdict(dict)
     for file in FILES:
         for node in top_level(file):
-            if node.name not in ("main", "get_args", "train_step", "ablate"):
+            if node.name not in ("main", "get_args", "train_step"):
                 seen[node.name][file.name] = ast.get_source_segment(file.read_text(), node)
     for name, copies in seen.items():
         assert len(set(copies.values())) == 1, f"{name} differs between {' and '.join(copies)}"
@@ -134,8 +134,7 @@ def test_options_of_one_name_have_one_meaning():
         n: set(t.values())
         for n, t in seen.items()
         if len(t) > 1
-        and n
-        not in ("--data", "--out", "--images", "--img-size", "--precision", "--size", "--steps", "--batch", "--patch")
+        and n not in ("--data", "--out", "--img-size", "--precision", "--size", "--steps", "--batch", "--patch")
     }
     assert all(len(t) == 1 for t in shared.values()), {n: t for n, t in shared.items() if len(t) > 1}
 

@@ -15,7 +15,7 @@ close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 def net_and_args(*options):
     args = siameseim.get_args(tiny(*options, method="siameseim"))
-    args.loss_fn, args.alter = siameseim.ablate(args)
+    args.loss_fn, args.alter = siameseim.ablated(args)
     torch.manual_seed(0)
     net = siameseim.SiameseIM(siameseim.shape_of(args, 3), args)
     for p in net.parameters():
