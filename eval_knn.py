@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vit import InputError, ViT, cli, features, knn, launch, load_encoder, load_images, number_alike
+from vit import InputError, ViT, cli, features, in_turn, knn, launch, load_encoder, load_images, number_alike
 
 
 def get_args(argv=None):
@@ -72,10 +72,9 @@ def main(argv=None):
         config["img_size"] = [args.img_size] * 2
     args.data = args.data or config.get("data", "demo.npz")
     side = max(config["img_size"])
-    sets = {
-        s: load_images(args.data, s, side if side <= 64 else round(side * 8 / 7), quiet=rank > 0)
-        for s in ("train", "test")
-    }
+    side = side if side <= 64 else round(side * 8 / 7)
+    load = lambda: {s: load_images(args.data, s, side, quiet=rank > 0) for s in ("train", "test")}
+    sets = in_turn(load, rank)
     labels = {s: x.labels for s, x in sets.items()}
     if labels["train"] is None or labels["test"] is None:
         raise InputError(f"--data {args.data} has no labels: k-NN needs class folders, or labels in the .npz")
@@ -88,26 +87,25 @@ def main(argv=None):
 
     torch.manual_seed(0)
     untrained = ViT(**vit.config | dict(img_size=config["img_size"])).eval().to(device)
-    rows = {"pixels": (None, "mean"), "untrained": (untrained, config["feature"])}
-    rows |= {"cls": (vit.to(device), "cls"), "mean": (vit, "mean")}
+    encoders = dict(pixels=(None, "mean"), untrained=(untrained, config["feature"]), trained=(vit.to(device), "both"))
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
-    result, dump = {}, {}
-    for row, (net, feature) in rows.items():
+    result, dump, share = {}, {}, slice(rank, None, world)
+    for name, (net, feature) in encoders.items():
         x = {}
         for split, images in sets.items():
             mine = images.pick(range(rank, len(images), world))
             found = features(net, mine, dict(config, feature=feature), device, dtype, args.batch, args.workers)
             x[split] = gathered(found, len(images))
-        share = slice(rank, None, world)
-        hits = knn(x["train"], labels["train"], x["test"][share], labels["test"][share], args.k, args.temperature)
-        counts = torch.tensor([hits[k] for k in args.k], dtype=torch.float64) * len(labels["test"][share])
-        if dist.is_initialized():
-            dist.all_reduce(counts := counts.to(device))
-        result[row] = {
-            k: round(v, 3) for k, v in zip(args.k, (counts[:, 0] / len(labels["test"])).tolist(), strict=True)
-        }
-        if row in ("cls", "mean"):
-            dump |= {f"{s}_{row}": v.float().cpu().numpy() for s, v in x.items()}
+        rows = {name: x}
+        if name == "trained":  # one pass gives both read-outs
+            rows = {row: {s: v.chunk(2, dim=1)[i] for s, v in x.items()} for i, row in enumerate(("cls", "mean"))}
+            dump = {f"{s}_{row}": v.float().cpu().numpy() for row, x in rows.items() for s, v in x.items()}
+        for row, x in rows.items():
+            hits = knn(x["train"], labels["train"], x["test"][share], labels["test"][share], args.k, args.temperature)
+            counts = torch.tensor([hits[k][0] for k in args.k], dtype=torch.float64) * len(labels["test"][share])
+            if dist.is_initialized():
+                dist.all_reduce(counts := counts.to(device))
+            result[row] = {k: round(v, 3) for k, v in zip(args.k, (counts / len(labels["test"])).tolist(), strict=True)}
     if rank == 0:
         width = max(map(len, result))
         print(f"{'top-1, %':>{width}}" + "".join(f"  k={k:<5}" for k in args.k))

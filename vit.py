@@ -199,8 +199,12 @@ class ViT(nn.Module):
         return block.attn.maps(block.norm1(x))
 
     def encode(self, imgs, feature="cls"):
-        """One vector per image, (B, D): feature "cls" (CLS token) or "mean" (mean patch token)."""
-        return self.cls(imgs) if feature == "cls" else self(imgs)[:, 1:].mean(dim=1)
+        """One vector per image: feature "cls" (CLS token) or "mean" (mean patch token), (B, D); "both": (B, 2D)."""
+        if feature == "cls":
+            return self.cls(imgs)
+        x = self(imgs)
+        mean = x[:, 1:].mean(dim=1)
+        return mean if feature == "mean" else torch.cat([x[:, 0], mean], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
