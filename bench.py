@@ -4,20 +4,25 @@
     git clone https://github.com/facebookresearch/dino /tmp/dino; python bench.py --against /tmp/dino
     git clone https://github.com/facebookresearch/mae /tmp/mae; python bench.py --rows mae --against /tmp/mae
     python bench.py --rows mae pcae "pcae --mask-ratio 0.85" --size base --patch 16 --img-size 224 --batch 8
+    python bench.py --rows dino "dino --batch 16" "dino --prototypes 65536" "dino --img-size 64"     # how cost grows
 
-A row is a method (dino, mae, pcae, siameseim) with options of its script; options that this script does not know go to
-every row (--size, --batch, --compile, ...; preset 32 and batch 64 where nothing is said). --against adds the authors'
-row: a clone of facebookresearch/dino or mae, caddyless/PCAE, or OpenGVLab/Siamese-Image-Modeling, at the same shapes.
+A row is a method (dino, mae, pcae, siameseim, hybrid) with options of its script; options that this script does not
+know go to every row (--size, --batch, --compile, ...; preset 32 and batch 64 where nothing is said). --against adds the
+authors' row: a clone of facebookresearch/dino or mae, caddyless/PCAE, or OpenGVLab/Siamese-Image-Modeling, at the same
+shapes.
 
 Each row runs in processes of its own, in turn (A B A B ...), so that a machine that slows down slows all alike; a row's
-images/s is the median over all steps of all its turns. Ours is the script's own train_step, from decoded uint8 images:
-it includes augmentation. The authors' step starts from crops that are already made, which flatters it: their pipeline
-on PIL images comes on top. On a GPU theirs runs as shipped, in fp16; on a CPU in fp32, the only precision it has there.
+images/s is the median over all steps of all its turns. Ours is the script's own train_step on decoded uint8 images as
+the loader gives them: it includes waiting for them and augmentation, and a second table has the share of each phase.
+The authors' step starts from crops that are already made, which flatters it: their pipeline on PIL images comes on top.
+On a GPU theirs runs as shipped, in fp16; on a CPU in fp32, the only precision it has there.
 Memory is the peak resident size less that just before the first step; on a GPU, the peak allocated. GMACs: of all
-matrix products of a step, forward and backward, an image.
+matrix products of a step, forward and backward, an image. MFU: the share of the products that the machine could do in
+that time, as measured on one large product in the row's precision beside it.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -29,15 +34,17 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dino
+import hybrid
 import mae_pcae
 import siameseim
-from vit import SIZES, InputError, ViT, cli, launch, peak_memory
+from vit import SIZES, Images, InputError, ViT, cli, in_order, launch, peak_memory, stream
 
 
 def get_args(argv=None):
@@ -84,68 +91,104 @@ def run_args(row, rest):
 
 
 def our_dino(args, device, mean, std):
-    """A function that does one step on uint8 images, and one that only augments them."""
-    shape, dim = args.shape, args.shape["dim"]
-    make = lambda p: dino.DINO(ViT(**shape, drop_path=p), dino.DINOHead(dim, args.prototypes, args.hidden))
-    student, teacher = make(args.drop_path), make(0.0)
+    """A function that does one step on uint8 images."""
+    make = lambda p: dino.DINO(ViT(**args.shape, drop_path=p), head_of(args))
+    student, teacher = make(args.drop_path).to(device), make(0.0).to(device).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
-    student, teacher = student.to(device), teacher.to(device).requires_grad_(False)
     if args.compile:
         student.compile(), teacher.compile()
     update, center = dino.Update([student], device, args.precision), torch.zeros(args.prototypes, device=device)
     update.set(1e-4, 0.04)
-    draw = lambda i: [dino.my_rows(d, 0, 1, device) for d in dino.draw_crops(args, i)]
 
     def step(i, imgs):
-        dino.train_step(student, teacher, center, update, imgs, draw(i), args, 0.04, 0.996, mean, std)
+        draws = [dino.my_rows(d, 0, 1, device) for d in dino.draw_crops(args, i)]
+        dino.train_step(student, teacher, center, update, imgs, draws, args, 0.04, 0.996, mean, std)
 
-    def augmentation(i, imgs):
-        a, b = draw(i)
-        dino.augment(imgs, a, args.img_size, max(args.img_size) / 224, mean, std)
-        dino.augment(imgs, b, [args.local_size] * 2, max(args.img_size) / 224, mean, std)
-
-    return step, augmentation
+    return step
 
 
-def our_masked(args, device, mean, std):
-    net = mae_pcae.METHODS[args.method](args.shape, args, args.drop_path).to(device)
+def our_hybrid(args, device, mean, std):
+    mae = mae_pcae.MAE(args.shape, args, args.drop_path)
+    nets = nn.ModuleDict(dict(mae=mae, student=dino.DINO(mae.vit, head_of(args)))).to(device)
+    teacher = dino.DINO(ViT(**args.shape, pos="sincos"), head_of(args)).to(device).requires_grad_(False)
+    if args.compile:
+        nets["mae"].compile(), nets["student"].compile(), teacher.compile()
+    update, center = dino.Update([nets], device, args.precision), torch.zeros(args.prototypes, device=device)
+    update.set(1e-4, 0.04)
+
+    def step(i, imgs):
+        draws = [dino.my_rows(d, 0, 1, device) for d in hybrid.draw_all(args, i)]
+        hybrid.train_step(nets, teacher, center, update, imgs, draws, args, 0.04, 0.996, mean, std)
+
+    return step
+
+
+def our_net(args, device, mean, std):
+    """MAE, PCAE and SiameseIM: one network that holds all of it."""
+    if not hasattr(args, "method"):
+        script, net, draw = siameseim, siameseim.SiameseIM(args.shape, args, args.drop_path), "draw_pairs"
+    else:
+        script, net, draw = mae_pcae, mae_pcae.METHODS[args.method](args.shape, args, args.drop_path), "draw_numbers"
+    net = net.to(device)
     if args.compile:
         net.compile()
-    update = mae_pcae.Update([net], device, args.precision, betas=(0.9, 0.95))
+    update = script.Update([net], device, args.precision, betas=(0.9, 0.95))
     update.set(1e-4, 0.05)
-    draw = lambda i: mae_pcae.my_rows(mae_pcae.draw_numbers(args, i), 0, 1, device)
 
     def step(i, imgs):
-        mae_pcae.train_step(net, update, imgs, draw(i), args, 0.996, mean, std)
+        draws = script.my_rows(getattr(script, draw)(args, i), 0, 1, device)
+        script.train_step(net, update, imgs, draws, args, 0.996, mean, std)
 
-    def augmentation(i, imgs):
-        d = draw(i)
-        mae_pcae.crop_resize(imgs.float() / 255, d["box"], d["flip"], args.img_size)
-
-    return step, augmentation
+    return step
 
 
-def our_siameseim(args, device, mean, std):
-    net = siameseim.SiameseIM(args.shape, args, args.drop_path).to(device)
-    if args.compile:
-        net.compile()
-    update = siameseim.Update([net], device, args.precision, betas=(0.9, 0.95))
-    update.set(1e-4, 0.05)
-    draw = lambda i: siameseim.my_rows(siameseim.draw_pairs(args, i), 0, 1, device)
-
-    def step(i, imgs):
-        siameseim.train_step(net, update, imgs, draw(i), args, 0.996, mean, std)
-
-    def augmentation(i, imgs):
-        d = draw(i)
-        d.pop("visible")
-        siameseim.augment(imgs, d, args.img_size, max(args.img_size) / 224, mean, std)
-
-    return step, augmentation
+def head_of(args):
+    return dino.DINOHead(args.shape["dim"], args.prototypes, args.hidden)
 
 
-OURS = dict(dino=(dino, our_dino), mae=(mae_pcae, our_masked), pcae=(mae_pcae, our_masked))
-OURS["siameseim"] = (siameseim, our_siameseim)
+OURS = dict(dino=(dino, our_dino), mae=(mae_pcae, our_net), pcae=(mae_pcae, our_net), siameseim=(siameseim, our_net))
+OURS["hybrid"] = (hybrid, our_hybrid)
+PHASES = dict(augment=("draw_crops", "draw_numbers", "draw_pairs", "draw_all", "augment", "crop_resize"))
+PHASES |= dict(backward=("backward",), optimiser=("step",), ema=("ema_update",))
+
+
+@contextlib.contextmanager
+def clocked(script, spent, wait):
+    """Adds to `spent` the seconds that each phase takes, by wrapping the functions of the script that do it."""
+
+    def timed(phase, function):
+        def wrapper(*args, **kwargs):
+            wait()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            wait()
+            spent[phase] += time.perf_counter() - start
+            return result
+
+        return wrapper
+
+    with contextlib.ExitStack() as stack:
+        for phase, names in PHASES.items():
+            spent[phase] = 0.0
+            for owner in (script, getattr(script, "Update", dino.Update)):
+                for name in set(names) & set(vars(owner)):
+                    stack.enter_context(mock.patch.object(owner, name, timed(phase, getattr(owner, name))))
+        yield
+
+
+def ceiling(device, dtype):
+    """Multiplications a second of a large matrix product: the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best = math.inf
+    for _ in range(10):
+        wait()
+        start = time.perf_counter()
+        a @ b
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return n**3 / best
 
 
 # --------------------------------------------------------------------------------------------------------- the authors'
@@ -309,42 +352,57 @@ AUTHORS = {  # a file, a word in it, and the function
 
 
 def measure(args):
-    """Seconds of each timed step, memory in MiB, and seconds of augmentation, of one row; printed as JSON."""
+    """Seconds of each timed step, memory in MiB, seconds by phase, and use of the machine, of one row; as JSON."""
     run, is_ours = run_args(args.row, args.rest), not args.row.startswith("authors ")
     method = args.row.removeprefix("authors ").split()[0]
     run.precision = run.precision if is_ours else "fp32"
     device, _, _ = launch(run)
     torch.manual_seed(0)
     if is_ours:
+        script, make = OURS[method]
         mean, std = torch.full((3, 1, 1), 0.5, device=device), torch.full((3, 1, 1), 0.25, device=device)
-        step, augmentation = OURS[method][1](run, device, mean, std)
+        step = make(run, device, mean, std)
     else:
         sys.path.insert(0, args.against)
         old_packages()
-        step, augmentation = AUTHORS[method][2](run, device), None
-    imgs = torch.randint(0, 256, (run.batch, 3, run.canvas, run.canvas), dtype=torch.uint8).to(device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    before = peak_memory()
-
-    def seconds(function, n):
-        out = []
-        for i in range(n):
-            start = time.perf_counter()
-            function(i, imgs)
-            wait()
-            out.append(time.perf_counter() - start)
-        return out[2:]
-
-    result = dict(times=seconds(step, args.steps + 2), precision=run.precision, device=device.type, batch=run.batch)
+        step = AUTHORS[method][2](run, device)
+    images = Images(pixels=torch.randint(0, 256, (run.batch, 3, run.canvas, run.canvas), dtype=torch.uint8))
+    loader = stream(images, in_order(images, run.batch) * (2 * args.steps + 3), device, run.workers)
     cuda = device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+
+    def steps(n):
+        """Seconds of n steps each, and of waiting for images."""
+        times, waits = [], []
+        for i in range(n):
+            wait()
+            start = time.perf_counter()
+            imgs = next(loader)
+            waits.append(time.perf_counter() - start)
+            step(i, imgs)
+            wait()
+            times.append(time.perf_counter() - start)
+        return times, waits
+
+    before = peak_memory()
+    result = dict(times=steps(args.steps + 2)[0][2:], precision=run.precision, device=device.type, batch=run.batch)
     result["memory"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory() - before
-    if augmentation:
-        result["augmentation"] = statistics.median(seconds(augmentation, args.steps + 2))
+    if is_ours:
+        spent = {}
+        with clocked(script, spent, wait):
+            times, waits = steps(args.steps)
+        spent = dict(data=sum(waits), **spent)
+        spent["forward"] = sum(times) - sum(spent.values())
+        result["phases"] = {k: v / args.steps for k, v in spent.items()}
     with FlopCounterMode(display=False) as count, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        step(0, imgs)
+        step(0, next(loader))
     result["gmacs"] = count.get_total_flops() / 2e9 / run.batch
+    dtype = torch.float16 if cuda and not is_ours else getattr(torch, TYPES[run.precision])
+    result["mfu"] = result["gmacs"] * 1e9 * run.batch / statistics.median(result["times"]) / ceiling(device, dtype)
     print(json.dumps(result))
+
+
+TYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
 
 
 @cli
@@ -362,23 +420,30 @@ def main(argv=None):
             turns[row].append(json.loads(done.stdout.splitlines()[-1]))
     result = dict(options=vars(args), threads=torch.get_num_threads(), torch=torch.__version__, rows={})
     last, width = turns[args.rows[-1]], max(map(len, args.rows))
+    middle = lambda seen, key: statistics.median(turn[key] for turn in seen)
     base = statistics.median(t for turn in last for t in turn["times"])
-    base_memory = statistics.median(turn["memory"] for turn in last)
     run = run_args(args.rows[0], args.rest)
     print(f"ViT {run.size}/{run.patch}, {run.img_size[0]} px, batch {run.batch}; last columns: beside {args.rows[-1]}")
-    columns = f"{'':{width}} {'precision':>10}{'images/s':>10}{'ms/step':>9}{'MiB':>8}{'augment':>9}{'GMACs':>9}"
+    columns = f"{'':{width}} {'precision':>10}{'images/s':>10}{'ms/step':>9}{'MiB':>8}{'GMACs':>9}{'MFU':>7}"
     print(columns + "   speed memory")
     for row, seen in turns.items():
         ms = 1e3 * statistics.median(t for turn in seen for t in turn["times"])
-        memory = statistics.median(turn["memory"] for turn in seen)
-        share = statistics.median(turn.get("augmentation", 0) for turn in seen) * 1e3 / ms
-        rate, batch, gmacs = seen[0]["batch"] / ms * 1e3, seen[0]["batch"], seen[0]["gmacs"]
-        line = dict(images_per_s=rate, ms=ms, memory_mib=memory, augmentation=share, gmacs=gmacs)
-        line |= dict(speed=rate * base / last[0]["batch"], memory=memory / max(1, base_memory), batch=batch)
-        line["precision"] = seen[0]["precision"]
+        batch, gmacs = seen[0]["batch"], seen[0]["gmacs"]
+        line = dict(images_per_s=batch / ms * 1e3, ms=ms, memory_mib=middle(seen, "memory"), gmacs=gmacs)
+        line |= dict(mfu=middle(seen, "mfu"), batch=batch, precision=seen[0]["precision"])
+        line["speed"] = line["images_per_s"] * base / last[0]["batch"]
+        line["memory"] = line["memory_mib"] / max(1, middle(last, "memory"))
+        if "phases" in seen[0]:
+            each = zip(*(turn["phases"].values() for turn in seen), strict=True)
+            middles = [round(1e3 * statistics.median(times), 2) for times in each]
+            line["phases_ms"] = dict(zip(seen[0]["phases"], middles, strict=True))
         result["rows"][row] = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
-        numbers = f"{rate:10.1f}{ms:9.1f}{memory:8.0f}{share:9.1%}{gmacs:9.3f}"
+        numbers = f"{line['images_per_s']:10.1f}{ms:9.1f}{line['memory_mib']:8.0f}{gmacs:9.3f}{line['mfu']:7.0%}"
         print(f"{row:{width}} {line['precision']:>10}{numbers}   {line['speed']:.2f}x  {line['memory']:.2f}x")
+    ours = {row: line["phases_ms"] for row, line in result["rows"].items() if "phases_ms" in line}
+    print(f"\n{'share of a step':{width}} " + "".join(f"{name:>11}" for name in next(iter(ours.values()), ())))
+    for row, phases in ours.items():
+        print(f"{row:{width}} " + "".join(f"{t / sum(phases.values()):11.1%}" for t in phases.values()))
     print(json.dumps(result))
     return result
 

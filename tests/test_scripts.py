@@ -140,13 +140,19 @@ def test_options_of_one_name_have_one_meaning():
 
 
 @pytest.mark.parametrize(
-    "method", ["dino", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mae", "pcae", "siameseim"))]
+    "method", ["dino", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mae", "pcae", "siameseim", "hybrid"))]
 )
 def test_bench_measures_a_small_step(method, capsys):
     import bench
 
     options = ["--size", "test", "--patch", "8", "--batch", "4", "--precision", "fp32", "--steps", "1", "--turns", "1"]
-    own = dict(dino="--prototypes 64 --hidden 32 --local-crops 2", siameseim="--decoder-dim 16 --decoder-heads 2")
-    row = f"{method} {own.get(method, '--decoder-dim 16 --decoder-depth 1 --decoder-heads 2')}"
+    heads = "--prototypes 64 --hidden 32 --local-crops 2"
+    decoder = "--decoder-dim 16 --decoder-depth 1 --decoder-heads 2"
+    own = dict(dino=heads, siameseim="--decoder-dim 16 --decoder-heads 2", hybrid=f"{heads} {decoder}")
+    row = f"{method} {own.get(method, decoder)}"
     result = bench.main(["--rows", row, *options])["rows"][row]
     assert result["images_per_s"] > 0 and result["speed"] == pytest.approx(1) and 0 < result["gmacs"] < 1
+    assert set(result["phases_ms"]) == {"data", "augment", "forward", "backward", "optimiser", "ema"}
+    busy = {k for k, v in result["phases_ms"].items() if v > 0}
+    assert busy >= {"data", "augment", "forward", "backward", "optimiser"}, "a phase's function is called otherwise now"
+    assert ("ema" in busy) == (method != "mae") and 0 < result["mfu"] < 1
