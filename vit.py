@@ -211,7 +211,9 @@ class ViT(nn.Module):
 
 
 def cli(main):
-    """Decorator for main(argv): an InputError becomes one line on stderr and exit code 2."""
+    """Decorator for main(argv): an InputError becomes one line on stderr and exit code 2, a dead worker's end one line
+    and exit code 1.
+    """
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -220,6 +222,12 @@ def cli(main):
         except InputError as e:
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            hint = "out of memory? The same command goes on from the last checkpoint; --workers 0 does without them"
+            print(f"{Path(sys.argv[0]).name}: error: a process that decodes images died ({hint})", file=sys.stderr)
+            raise SystemExit(1) from None
         finally:
             Run.leave_behind()
 
@@ -893,7 +901,7 @@ class Run:
                 if marks
                 else "no labels: no k-NN"
             )
-            self.write(dict(args=vars(args), **marks))
+            self.write(dict(args=vars(args), images=len(train), **marks))
         self.started = self.since = self.saved = time.perf_counter()
         self.waited, self.counted, self.leave, self.warned = 0.0, self.first, False, False
         self.bar = tqdm(total=self.stop, initial=self.first, unit="step", disable=True if self.rank else None)
