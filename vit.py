@@ -51,7 +51,10 @@ def sincos(y, x, dim):
     """Fixed sine-cosine position embedding of arbitrary positions (MAE; Transformer, section 3.5, in two dimensions).
 
     y, x: any equal shape (...), in units of patches. Returns (..., dim): sin, cos of x, then sin, cos of y, as MAE's.
+    Raises InputError where dim is not a multiple of 4.
     """
+    if dim % 4:
+        raise InputError(f"a width of {dim} is no multiple of 4, as sine-cosine positions need")
     exact = torch.float32 if x.device.type == "mps" else torch.float64  # a Mac's GPU has no float64
     omega = 10000 ** -(torch.arange(dim // 4, dtype=exact, device=x.device) / (dim // 4))
     x, y = x[..., None].to(exact) * omega, y[..., None].to(exact) * omega
@@ -68,6 +71,8 @@ def drop_path(x, p):
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
+        if dim % heads:
+            raise InputError(f"a width of {dim} cannot be shared by {heads} attention heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)

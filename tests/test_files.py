@@ -359,7 +359,7 @@ def test_safetensors_carries_an_encoder_elsewhere():
 
 # Fuzzing: whatever bytes are given, the loaders either work or say what is wrong --------------------------------------
 
-fuzz = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=int(os.environ.get("FUZZ", 60)), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def seeds():

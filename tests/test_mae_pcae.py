@@ -201,3 +201,9 @@ def test_reconstruction_uses_the_options_of_its_run(npz, monkeypatch):
     Image.radial_gradient("L").save("mine.jpg")
     mae_pcae.main(["--data", npz, "--out", "run", "--reconstruct", "mine.jpg"])
     assert seen == [(False, 0.5)]
+
+
+@pytest.mark.parametrize("width,words", [(16, "cannot be shared by 3 attention heads"), (18, "no multiple of 4")])
+def test_a_width_that_does_not_suit(npz, capsys, width, words):
+    options = tiny(method="mae") + ["--decoder-dim", str(width), "--decoder-heads", "3"]
+    assert words in fails(mae_pcae.main, options, capsys)
