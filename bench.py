@@ -8,8 +8,8 @@
 
 A row is a method (dino, mae, pcae, siameseim, hybrid) with options of its script; options that this script does not
 know go to every row (--size, --batch, --compile, ...; preset 32 and batch 64 where nothing is said). --against adds the
-authors' row: a clone of facebookresearch/dino or mae, caddyless/PCAE, or OpenGVLab/Siamese-Image-Modeling, at the same
-shapes.
+authors' row for the first method: a clone of facebookresearch/dino or mae, caddyless/PCAE, OpenGVLab/
+Siamese-Image-Modeling, or lightly-ai/lightly (DINO and MAE as in its examples), at the same shapes.
 
 Each row runs in processes of its own, in turn (A B A B ...), so that a machine that slows down slows all alike; a row's
 images/s is the median over all steps of all its turns. Ours is the script's own train_step on decoded uint8 images as
@@ -63,9 +63,11 @@ def get_args(argv=None):
         args.rows.append(f"{args.rows[0]} --precision fp32")
     if args.against:
         theirs = [name for name, (file, word, _) in AUTHORS.items() if found(Path(args.against, file), word)]
-        if not theirs:
-            raise InputError(f"--against {args.against} is no clone of a repository that --help names")
-        args.rows.append(f"authors {theirs[0]}")
+        first = args.rows[0].split()[0]
+        name = next((name for name in theirs if name.split(",")[0] == first), None)
+        if not name:
+            raise InputError(f"--against {args.against} has no {first}: it is no clone of what --help names")
+        args.rows.append(f"authors {name}")
     for row in args.rows:
         run_args(row, args.rest)
     return args
@@ -77,7 +79,7 @@ def found(file, word):
 
 def run_args(row, rest):
     """The options of a row's script, resolved. A row: "mae --mask-ratio 0.85", or "authors mae"."""
-    method, *own = shlex.split(row.removeprefix("authors "))
+    method, *own = shlex.split(row.removeprefix("authors ").split(",")[0])
     if method not in OURS:
         raise InputError(f"--rows {row}: begin with one of {', '.join(OURS)}")
     script, choose = OURS[method][0], ["--method", method] if method in mae_pcae.METHODS else []
@@ -197,17 +199,16 @@ def ceiling(device, dtype):
 def old_packages():
     """What the authors' code imports and today's packages lack; none of it does any work in a step."""
     import numpy
+    import timm
     import timm.models.vision_transformer as timm_vit
 
     for name in ("float", "int"):
         setattr(numpy, name, getattr(numpy, name, dict(float=float, int=int)[name]))
     sys.modules["torch._six"] = types.SimpleNamespace(inf=math.inf)
     sys.modules["turtle"] = types.SimpleNamespace(update=None)
+    sys.modules["timm.models.layers.helpers"] = timm.layers.helpers
     current = timm_vit.Block
     timm_vit.Block = lambda *a, qk_scale=None, drop_path=0.0, **k: current(*a, drop_path=drop_path, **k)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)  # losses of DINO and SiameseIM need one
 
 
 def theirs(net, device, loss_of, betas=(0.9, 0.95), between=lambda: None, groups=None):
@@ -278,12 +279,12 @@ def authors_dino(args, device):
     return step
 
 
-def mae_like(args, **more):
-    shape = args.shape
-    size = dict(img_size=args.img_size[0], patch_size=args.patch, embed_dim=shape["dim"], depth=shape["depth"])
+def mae_like(run, /, **more):
+    shape = run.shape
+    size = dict(img_size=run.img_size[0], patch_size=run.patch, embed_dim=shape["dim"], depth=shape["depth"])
     size |= dict(num_heads=shape["heads"], mlp_ratio=4, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
-    decoder = dict(decoder_embed_dim=args.decoder_dim, decoder_depth=args.decoder_depth)
-    return size | decoder | dict(decoder_num_heads=args.decoder_heads) | more
+    decoder = dict(decoder_embed_dim=run.decoder_dim, decoder_depth=run.decoder_depth)
+    return size | decoder | dict(decoder_num_heads=run.decoder_heads) | more
 
 
 def authors_mae(args, device):
@@ -340,11 +341,70 @@ def authors_siameseim(args, device):
     return theirs(net, device, lambda i: net(a, b, place, 0.996, True, mask=mask)[0], between=grad_norm(net, 1.0))
 
 
+def lightly_dino(args, device):
+    """As in lightly's example: a timm ViT, each view on its own, momentum moved first."""
+    import timm
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import DINOProjectionHead
+    from lightly.models.utils import update_momentum
+
+    shape = args.shape
+    size = dict(img_size=args.img_size[0], patch_size=args.patch, embed_dim=shape["dim"], depth=shape["depth"])
+    size |= dict(num_heads=shape["heads"], num_classes=0, dynamic_img_size=True)
+
+    def net(drop_path):
+        vit = timm.models.vision_transformer.VisionTransformer(**size, drop_path_rate=drop_path)
+        return nn.Sequential(vit, DINOProjectionHead(shape["dim"], args.hidden, 256, args.prototypes)).to(device)
+
+    student, teacher = net(args.drop_path), net(0.0).requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+    loss_fn = DINOLoss(args.prototypes).to(device)
+    crop = lambda n, s: [torch.randn(args.batch, 3, s, s, device=device) for _ in range(n)]
+    crops = crop(2, args.img_size[0]) + crop(args.local_crops, args.local_size)
+
+    def loss_of(i):
+        update_momentum(student, teacher, 0.996)
+        with torch.no_grad():
+            targets = [teacher(x) for x in crops[:2]]
+        return loss_fn(targets, [student(x) for x in crops], epoch=1)
+
+    return theirs(student, device, loss_of, between=grad_norm(student, 3.0), betas=(0.9, 0.999))
+
+
+def lightly_mae(args, device):
+    """As in lightly's example: the decoder gets all positions, the loss the masked ones."""
+    import timm
+    from lightly.models import utils
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+
+    shape, tokens = args.shape, math.prod(ViT.grid_of(args.img_size, args.patch))
+    size = dict(img_size=args.img_size[0], patch_size=args.patch, embed_dim=shape["dim"], depth=shape["depth"])
+    vit = timm.models.vision_transformer.VisionTransformer(**size, num_heads=shape["heads"], num_classes=0)
+    net = nn.Module()
+    net.encoder = MaskedVisionTransformerTIMM(vit=vit)
+    own = dict(num_patches=tokens, patch_size=args.patch, embed_dim=shape["dim"], decoder_embed_dim=args.decoder_dim)
+    net.decoder = MAEDecoderTIMM(**own, decoder_depth=args.decoder_depth, decoder_num_heads=args.decoder_heads)
+    net.to(device)
+    imgs = torch.randn(args.batch, 3, *args.img_size, device=device)
+
+    def loss_of(i):
+        keep, hidden = utils.random_token_mask((args.batch, 1 + tokens), args.mask_ratio, device=device)
+        seen = net.decoder.embed(net.encoder.encode(imgs, idx_keep=keep))
+        x = utils.repeat_token(net.decoder.mask_token, (args.batch, 1 + tokens))
+        x = net.decoder.decode(utils.set_at_index(x, keep, seen.type_as(x)))
+        pred = net.decoder.predict(utils.get_at_index(x, hidden))
+        return nn.functional.mse_loss(pred, utils.get_at_index(utils.patchify(imgs, args.patch), hidden - 1))
+
+    return theirs(net, device, loss_of, between=grad_norm(net))
+
+
 AUTHORS = {  # a file, a word in it, and the function
     "dino": ("main_dino.py", "DINOLoss", authors_dino),
     "pcae": ("models_mae.py", "PCAEViT", authors_pcae),
     "mae": ("models_mae.py", "MaskedAutoencoderViT", authors_mae),
     "siameseim": ("models_sim.py", "SiameseIMViT", authors_siameseim),
+    "dino, lightly": ("lightly/loss/dino_loss.py", "DINOLoss", lightly_dino),
+    "mae, lightly": ("lightly/models/utils.py", "random_token_mask", lightly_mae),
 }
 
 
@@ -354,17 +414,20 @@ AUTHORS = {  # a file, a word in it, and the function
 def measure(args):
     """Seconds of each timed step, memory in MiB, seconds by phase, and use of the machine, of one row; as JSON."""
     run, is_ours = run_args(args.row, args.rest), not args.row.startswith("authors ")
-    method = args.row.removeprefix("authors ").split()[0]
+    method = args.row.removeprefix("authors ")
     run.precision = run.precision if is_ours else "fp32"
     device, _, _ = launch(run)
     torch.manual_seed(0)
     if is_ours:
-        script, make = OURS[method]
+        script, make = OURS[method.split()[0]]
         mean, std = torch.full((3, 1, 1), 0.5, device=device), torch.full((3, 1, 1), 0.25, device=device)
         step = make(run, device, mean, std)
     else:
         sys.path.insert(0, args.against)
-        old_packages()
+        if "lightly" not in method:
+            old_packages()
+        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1)  # losses of DINO and SiameseIM need one
         step = AUTHORS[method][2](run, device)
     images = Images(pixels=torch.randint(0, 256, (run.batch, 3, run.canvas, run.canvas), dtype=torch.uint8))
     loader = stream(images, in_order(images, run.batch) * (2 * args.steps + 3), device, run.workers)
