@@ -8,6 +8,7 @@ Letters in shape comments, here and in every script:
 """
 
 import argparse
+import copy
 import functools
 import json
 import math
@@ -877,7 +878,7 @@ class Run:
         """Resumes `parts` (modules, tensors, anything with a state_dict) from last.pt if there is one.
 
         vit, config: the network that evaluation uses, and what load_encoder needs to rebuild it. Writes the log's first
-        line: options and two yardsticks. Sets first (step), stop, total and steps_per_epoch.
+        line: options. Sets first (step), stop, total and steps_per_epoch.
         """
         args = self.args
         self.parts, self.vit, self.config, self.device = parts, vit, config, device
@@ -887,7 +888,7 @@ class Run:
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         self.sets = (train.subset(10_000), test.subset(2_000)) if test is not None else None
         self.sample = torch.stack([train[i, 0.5] for i in spaced(len(train), 4)]).to(device)
-        self.first = self.resume()
+        self.first, self.untrained = self.resume(), None
         if self.first == 0 and self.rank == 0:  # of a run that was killed before it saved
             (self.out / "log.jsonl").unlink(missing_ok=True)
         self.row = {k: v for r in self.rows() for k, v in r.items()}
@@ -900,13 +901,10 @@ class Run:
         if self.first:
             self.say(f"goes on from step {self.first} of {self.stop}")
         elif self.rank == 0:
-            marks = dict(knn_pixels=self.knn(None), knn_untrained=self.knn(vit)) if self.sets else {}
-            self.say(
-                "k-NN before training: " + ", ".join(f"{k[4:]} {v:.1f} %" for k, v in marks.items())
-                if marks
-                else "no labels: no k-NN"
-            )
-            self.write(dict(args=vars(args), images=len(train), **marks))
+            self.write(dict(args=vars(args), images=len(train)))
+            self.untrained = copy.deepcopy(vit) if self.sets else None  # measured once the first step has shown itself
+            if not self.sets:
+                self.say("no labels: no k-NN")
         self.started = self.since = self.saved = time.perf_counter()
         self.waited, self.counted, self.leave, self.warned = 0.0, self.first, False, False
         self.bar = tqdm(total=self.stop, initial=self.first, unit="step", disable=True if self.rank else None)
@@ -968,6 +966,19 @@ class Run:
             vit.train()
         return knn(a, la.to(self.device), b, lb.to(self.device))[20][0]
 
+    def yardsticks(self):
+        """k-NN of raw pixels and of the network as it was before the first step; their time is not the run's."""
+        if self.untrained is None:
+            return
+        start = time.perf_counter()
+        marks = dict(knn_pixels=self.knn(None), knn_untrained=self.knn(self.untrained))
+        self.untrained = None
+        self.say("k-NN before training: " + ", ".join(f"{k[4:]} {v:.1f} %" for k, v in marks.items()))
+        self.write(marks)
+        self.row.update(marks)
+        took = time.perf_counter() - start
+        self.started, self.since, self.saved = self.started + took, self.since + took, self.saved + took
+
     def steps(self, loader):
         """Yields (step, images) and notes how long it waited for them.
 
@@ -1019,6 +1030,7 @@ class Run:
         )
         if step == self.first:
             self.say(f"step {step + 1}: {show}")
+            self.yardsticks()
         elif step - self.first < 2 * self.args.log_every:
             left = (self.stop - step) * self.args.batch / images * seconds / 60
             self.say(f"step {step + 1}: {show}, about {left:.1f} minutes to go")
@@ -1066,7 +1078,7 @@ class Run:
             axes.set(xlabel="epoch", title=dict(loss="loss", knn="k-NN accuracy, % (k = 20)")[key])
         for key, style in (("knn_pixels", ":"), ("knn_untrained", "--")):
             right.axhline(
-                rows[0][key], color="grey", linestyle=style, label=dict(knn_pixels="raw pixels").get(key, "untrained")
+                self.row[key], color="grey", linestyle=style, label=dict(knn_pixels="raw pixels").get(key, "untrained")
             )
         right.legend()
         figure.savefig(self.out / "curve.png", dpi=100)

@@ -172,7 +172,8 @@ def test_steps_stop_early_and_change_no_schedule(method, npz):
 def test_the_log_has_what_the_design_promises(method, npz):
     SCRIPTS[method](tiny("--log-every", 2, method=method))
     rows = log()
-    assert {"args", "knn_pixels", "knn_untrained"} <= rows[0].keys() and rows[0]["args"]["batch"] == 8
+    assert rows[0].keys() == {"args", "images"} and rows[0]["args"]["batch"] == 8 and rows[0]["images"] == 64
+    assert rows[2].keys() == {"knn_pixels", "knn_untrained"}  # after the first step
     wanted = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "memory_mib", "skipped", "seconds"}
     assert all(wanted <= r.keys() for r in rows[1:] if "loss" in r)
     assert [r["step"] for r in rows if "loss" in r] == [1, *range(2, 33, 2)]
