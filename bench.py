@@ -457,7 +457,11 @@ def measure(args):
         spent = dict(data=sum(waits), **spent)
         spent["forward"] = sum(times) - sum(spent.values())
         result["phases"] = {k: v / args.steps for k, v in spent.items()}
-    with FlopCounterMode(display=False) as count, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+    by_onednn = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]}
+    with (
+        FlopCounterMode(display=False, custom_mapping=by_onednn) as count,
+        nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
+    ):
         step(0, next(loader))
     result["gmacs"] = count.get_total_flops() / 2e9 / run.batch
     dtype = torch.float16 if cuda and not is_ours else getattr(torch, TYPES[run.precision])

@@ -41,12 +41,14 @@ from torchvision.utils import make_grid, save_image
 from vit import (
     SIZES,
     InputError,
+    Linear,
     Run,
     ViT,
     check_plan,
     cli,
     common_options,
     launch,
+    linear,
     load_encoder,
     load_splits,
     prepare,
@@ -272,7 +274,7 @@ class DINOHead(nn.Module):
     def __init__(self, dim, prototypes, hidden=2048, bottleneck=256, norm_last_layer=True):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            Linear(dim, hidden), nn.GELU(), Linear(hidden, hidden), nn.GELU(), Linear(hidden, bottleneck)
         )
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -290,7 +292,7 @@ class DINOHead(nn.Module):
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)
         scale = self.length[:, 0] / self.prototypes.norm(dim=1)  # weight normalisation, without a copy of the weights
-        return F.linear(x, self.prototypes) * scale
+        return linear(x, self.prototypes) * scale
 
 
 class DINO(nn.Module):

@@ -66,17 +66,19 @@ from vit import (
 
 PRESETS = {  # chosen by the size of the images; "224" is the papers' ViT-B/16
     "demo": dict(size="nano", patch=4, img_size=32, epochs=16, warmup=2, batch=64, lr=8e-3, mask_ratio=0.5,
-                 decoder_dim=64, decoder_depth=2, decoder_heads=4, drop_path=0.0, momentum=0.98),
+                 decoder_dim=64, decoder_depth=2, decoder_heads=4, drop_path=0.0, momentum=0.98,
+                 keep=0.5),
     "32": dict(size="tiny", patch=4, img_size=None, epochs=400, warmup=20, batch=512, lr=1e-3, mask_ratio=0.75,
-               decoder_dim=128, decoder_depth=4, decoder_heads=4, drop_path=0.0, momentum=0.996),
+               decoder_dim=128, decoder_depth=4, decoder_heads=4, drop_path=0.0, momentum=0.996,
+               keep=0.5),
     "96": dict(size="small", patch=8, img_size=96, epochs=400, warmup=20, batch=512, lr=3e-4, mask_ratio=0.75,
-               decoder_dim=256, decoder_depth=4, decoder_heads=8, drop_path=0.0, momentum=0.996),
+               decoder_dim=256, decoder_depth=4, decoder_heads=8, drop_path=0.0, momentum=0.996,
+               keep=0.5),
     "224": dict(size="base", patch=16, img_size=224, epochs=400, warmup=40, batch=4096, lr=1.5e-4, mask_ratio=0.75,
-                decoder_dim=512, decoder_depth=8, decoder_heads=16, drop_path=0.0, momentum=0.9999),
+                decoder_dim=512, decoder_depth=8, decoder_heads=16, drop_path=0.0, momentum=0.9999,
+                keep=0.5),
 }  # fmt: skip
-PCAE_PRESETS = {
-    "demo": dict(epochs=8, warmup=0.5, lr=2e-3, mask_ratio=0.75, momentum=0.99)
-}  # where it wants another than MAE
+PCAE_PRESETS = {"demo": dict(epochs=24, batch=32, momentum=0.9995, keep=0.8)}  # where it wants another than MAE
 
 
 def get_args(argv=None):
@@ -90,7 +92,7 @@ def get_args(argv=None):
     add("--decoder-depth", type=int, help="* blocks of the decoder")
     add("--decoder-heads", type=int, help="* attention heads of the decoder")
     add("--stages", type=int, nargs="*", help="PCAE: blocks after which tokens are dropped, from 0 (0, a third, two)")
-    add("--keep", type=float, default=0.5, help="PCAE: share of the tokens that a stage keeps")
+    add("--keep", type=float, help="* PCAE: share of the tokens that a stage keeps")
     add("--criterion", choices=CRITERIA, default="mean", help="PCAE: what a token's redundancy is; random drops any")
     add("--momentum", type=float, help="* of the teacher at the beginning, 1 at the end; short runs want less")
     add("--clip", type=float, default=0.0, help="gradient norm limit, 0: none (DINO: of each tensor; others: of all)")

@@ -69,14 +69,54 @@ def drop_path(x, p):
     return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - p).div_(1 - p)
 
 
+class OneDNN(torch.autograd.Function):
+    """x Wᵀ + b in fp32 on a CPU by oneDNN, and both gradients: what torch.compile takes there too.
+
+    PyTorch's own product is MKL's, which was measured at half that speed on an AMD CPU (RESULTS.md).
+    """
+
+    @staticmethod
+    def product(x, weight, bias=None):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return OneDNN.product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), (for_x, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            OneDNN.product(grad, weight.T) if for_x else None,
+            OneDNN.product(rows.T, x.flatten(0, -2).T) if for_weight else None,
+            rows.sum(dim=0) if for_bias else None,
+        )
+
+
+def linear(x, weight, bias=None):
+    """F.linear by whatever is fast: (..., D) -> (..., out)."""
+    slow = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    slow = slow and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    if slow and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return OneDNN.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         if dim % heads:
             raise InputError(f"a width of {dim} cannot be shared by {heads} attention heads")
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def split(self, x):
         return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
@@ -98,7 +138,7 @@ class Attention(nn.Module):
 class Mlp(nn.Sequential):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+        self.fc1, self.act, self.fc2 = Linear(dim, hidden), nn.GELU(), Linear(hidden, dim)
 
 
 class Block(nn.Module):
@@ -173,7 +213,7 @@ class ViT(nn.Module):
         if keep is not None:  # before the projection: what is hidden costs nothing
             x, pos = (t.gather(1, keep[..., None].expand(-1, -1, t.shape[-1])) for t in (x, pos))
         proj = self.patch_embed["proj"]  # a convolution of stride P is a linear layer on patches
-        return torch.cat([cls, F.linear(x, proj.weight.flatten(1), proj.bias) + pos], dim=1)
+        return torch.cat([cls, linear(x, proj.weight.flatten(1), proj.bias) + pos], dim=1)
 
     def forward(self, imgs):
         x = self.embed(imgs)
