@@ -46,6 +46,7 @@ from vit import (
     SIZES,
     Block,
     InputError,
+    Linear,
     Run,
     ViT,
     check_plan,
@@ -217,12 +218,12 @@ class MAE(nn.Module):
         self.patch, self.mask_ratio, self.norm_pix, dim = args.patch, args.mask_ratio, args.norm_pix, args.decoder_dim
         y, x = torch.meshgrid(*map(torch.arange, self.vit.grid), indexing="ij")
         pos = F.pad(sincos(y.flatten(), x.flatten(), dim), (0, 0, 1, 0))[None]  # CLS: zeros
-        self.decoder_embed = nn.Linear(self.vit.dim, dim)
+        self.decoder_embed = Linear(self.vit.dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.decoder_pos_embed = nn.Parameter(pos, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(dim, args.decoder_heads) for _ in range(args.decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(dim, out or args.patch**2 * shape["in_chans"])
+        self.decoder_pred = Linear(dim, out or args.patch**2 * shape["in_chans"])
         for m in [self.decoder_embed, *self.decoder_blocks.modules(), self.decoder_pred]:
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)

@@ -43,6 +43,7 @@ from vit import (
     SIZES,
     Block,
     InputError,
+    Linear,
     Run,
     ViT,
     check_plan,
@@ -338,7 +339,7 @@ class Tower(nn.Module):
     def __init__(self, shape, args, drop_path=0.0):
         super().__init__()
         self.vit = ViT(**shape, pos="sincos", norm=False, drop_path=drop_path)
-        self.embed = nn.Linear(self.vit.dim, args.decoder_dim)
+        self.embed = Linear(self.vit.dim, args.decoder_dim)
         self.projector = blocks(args, args.projector_depth)
 
     def forward(self, imgs, visible=None):
@@ -368,9 +369,9 @@ class SiameseIM(nn.Module):
         pos = F.pad(sincos(y.flatten(), x.flatten(), dim), (0, 0, 1, 0))[None]  # CLS: zeros
         self.decoder_pos_embed = nn.Parameter(pos, requires_grad=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.position = nn.Linear(2 * dim, dim)
+        self.position = Linear(2 * dim, dim)
         self.decoder = blocks(args, args.decoder_depth)
-        self.pred = nn.Linear(dim, dim)
+        self.pred = Linear(dim, dim)
         for m in [
             self.online.embed,
             *self.online.projector.modules(),
