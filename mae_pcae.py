@@ -79,7 +79,7 @@ PRESETS = {  # chosen by the size of the images; "224" is the papers' ViT-B/16
                 decoder_dim=512, decoder_depth=8, decoder_heads=16, drop_path=0.0, momentum=0.9999,
                 keep=0.5),
 }  # fmt: skip
-PCAE_PRESETS = {"demo": dict(epochs=24, batch=32, momentum=0.9995, keep=0.8)}  # where it wants another than MAE
+PCAE_PRESETS = {"demo": dict(epochs=24, batch=32, momentum=0.998, keep=0.8)}  # where it wants another than MAE
 
 
 def get_args(argv=None):
