@@ -152,16 +152,18 @@ def effective_rank(x):
 
 
 def band_noise(shape, band, g, width=0.1):
-    """Noise whose frequencies lie in [band, band + width) of the Nyquist frequency, standard deviation 1: (B, C, h, w).
+    """Noise whose frequencies lie in [band, band + width) of the Nyquist frequency, mean square 1 (0 where
+    a small image has none of them): (B, C, h, w).
 
     The radius of a frequency (fy, fx), each in -1 to 1, is the larger of |fy| and |fx|: the bands tile the plane.
     """
     noise = torch.randn(shape, generator=g)
     fy, fx = (torch.fft.fftfreq(s).abs() * 2 for s in shape[-2:])
     radius = torch.maximum(fy[:, None], fx[None, :])
-    keep = (radius >= band) & (radius < band + width + (1e-6 if band + width >= 1 else 0))
+    end = band + width if band + width < 0.999 else 1.001  # the last band has the Nyquist frequency too
+    keep = (radius >= band - 1e-6) & (radius < end - 1e-6)
     noise = torch.fft.ifft2(torch.fft.fft2(noise) * keep).real
-    return noise / noise.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+    return noise / noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6)
 
 
 def shape_or_texture(features, shapes, textures, k=20):
@@ -426,6 +428,13 @@ def load_sets(args, config):
     return sets
 
 
+def read_result(file):
+    try:
+        return json.loads(Path(file).read_text().splitlines()[-1])
+    except (OSError, ValueError, IndexError) as e:
+        raise InputError(f"--results {file}: its last line is not a result ({type(e).__name__}: {e})") from None
+
+
 @cli
 def main(argv=None):
     args = get_args(argv)
@@ -433,7 +442,8 @@ def main(argv=None):
     files = [c.rsplit("=", 1) if c.endswith(("=cl", "=mim")) else [c, None] for c in args.checkpoints]
     loaded = [(file, kind, *load_encoder(file, quiet=True)) for file, kind in files]
     args.data = args.data or loaded[0][3].get("data", "demo.npz")
-    sets, models = load_sets(args, max((config for *_, config in loaded), key=lambda c: c["img_size"])), {}
+    results = [read_result(f) for f in args.results]
+    sets, models = load_sets(args, max((config for *_, config in loaded), key=lambda c: max(c["img_size"]))), {}
     for file, kind, vit, config in loaded:
         if config["in_chans"] != sets["test"].channels:
             raise InputError(f"{file} takes {config['in_chans']} channels, {args.data} has {sets['test'].channels}")
@@ -447,7 +457,6 @@ def main(argv=None):
     models["untrained"] = dict(kind="untrained", found=measure_encoder(untrained, config, sets, args, device))
     for m in models.values():
         m["found"]["test"] = len(sets["test"])
-    results = [json.loads(Path(f).read_text().splitlines()[-1]) for f in args.results]
     claims = verdicts(models, results)
 
     out, patch, grid = Path(args.out), vit.patch, vit.grid
@@ -455,7 +464,7 @@ def main(argv=None):
     draw_sheet(models, out / "analysis.png", patch, grid)
     width = max(map(len, models)) + 1
     panels = list(curves(models["untrained"]["found"]))
-    print("last block:")
+    print("last block, or highest band:")
     for panel in panels:
         row = {name: curves(m["found"])[panel] for name, m in models.items()}
         print(f"  {panel:40}" + "".join(f"{name:>{width}} {c[-1][1]:8.3f}" for name, c in row.items() if c))

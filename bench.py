@@ -158,13 +158,18 @@ PHASES |= dict(backward=("backward",), optimiser=("step",), ema=("ema_update",))
 def clocked(script, spent, wait):
     """Adds to `spent` the seconds that each phase takes, by wrapping the functions of the script that do it."""
 
+    inside = []
+
     def timed(phase, function):
         def wrapper(*args, **kwargs):
+            if inside:  # augment calls crop_resize
+                return function(*args, **kwargs)
             wait()
+            inside.append(phase)
             start = time.perf_counter()
             result = function(*args, **kwargs)
             wait()
-            spent[phase] += time.perf_counter() - start
+            spent[inside.pop()] += time.perf_counter() - start
             return result
 
         return wrapper
@@ -427,7 +432,9 @@ def measure(args):
         if "lightly" not in method:
             old_packages()
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        torch.distributed.init_process_group("gloo", rank=0, world_size=1)  # losses of DINO and SiameseIM need one
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1
+        )  # losses of DINO and SiameseIM need one
         step = AUTHORS[method][2](run, device)
     images = Images(pixels=torch.randint(0, 256, (run.batch, 3, run.canvas, run.canvas), dtype=torch.uint8))
     loader = stream(images, in_order(images, run.batch) * (2 * args.steps + 3), device, run.workers)
@@ -457,7 +464,8 @@ def measure(args):
         spent = dict(data=sum(waits), **spent)
         spent["forward"] = sum(times) - sum(spent.values())
         result["phases"] = {k: v / args.steps for k, v in spent.items()}
-    by_onednn = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]}
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    by_onednn = {onednn: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]} if onednn else {}
     with (
         FlopCounterMode(display=False, custom_mapping=by_onednn) as count,
         nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
@@ -483,7 +491,8 @@ def main(argv=None):
             command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--row", row]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise InputError(f"the row '{row}' could not be measured: {done.stderr.strip().splitlines()[-1]}")
+                why = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+                raise InputError(f"the row '{row}' could not be measured: {why}")
             turns[row].append(json.loads(done.stdout.splitlines()[-1]))
     result = dict(options=vars(args), threads=torch.get_num_threads(), torch=torch.__version__, rows={})
     last, width = turns[args.rows[-1]], max(map(len, args.rows))

@@ -103,7 +103,7 @@ def read_mask(file, side):
         mask = torch.from_numpy(np.asarray(img).astype(np.int64))
     h, w = mask.shape
     size = (side, max(side, round(w * side / h))) if h <= w else (max(side, round(h * side / w)), side)
-    return F.interpolate(mask[None, None].double(), size=size, mode="nearest")[0, 0].long()
+    return F.interpolate(mask[None, None].double(), size=size, mode="nearest-exact")[0, 0].long()
 
 
 # ----------------------------------------------------------------------------------------------------------- attention

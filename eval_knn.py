@@ -83,6 +83,8 @@ def main(argv=None):
             f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets['train'].channels}"
         )
     number_alike(sets["train"], sets["test"])
+    if min(map(len, sets.values())) < world:
+        raise InputError(f"--data {args.data} has fewer images than there are processes")
     labels = {s: x.labels.to(device) for s, x in sets.items()}
 
     torch.manual_seed(0)

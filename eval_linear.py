@@ -179,7 +179,7 @@ def probe(args, vit, sets, config, device, rank, world):
             yield torch.cat(every(found)), y[index]
 
     def fit(n, rates):
-        batch = min(args.batch, n) // world * world
+        batch = max(1, min(args.batch, n) // world) * world
         total = args.epochs * (n // batch)
         return train_heads(pairs(n, batch, total), total, test_x.shape[1], len(train.classes), rates, batch, device)
 
@@ -268,7 +268,7 @@ def macs(config, img_size, ratio=0.0, classes=0):
 
 
 def layer_groups(net, decay, weight_decay):
-    """Optimiser groups: a learning rate's factor is decay ** (blocks above). Only weight matrices decay."""
+    """Optimiser groups: a rate's factor is decay ** (layers above, the head among them). Only matrices decay."""
     depth, groups = len(net.vit.blocks), {}
     for name, p in net.named_parameters():
         if p.requires_grad:
@@ -405,6 +405,8 @@ def main(argv=None):
             f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets['train'].channels}"
         )
     number_alike(sets["train"], sets["test"])
+    if min(map(len, sets.values())) < world:
+        raise InputError(f"--data {args.data} has fewer images than there are processes")
     how = finetune if args.finetune else probe
     result = how(args, vit, sets, config, device, rank, world)
     settings = dict(

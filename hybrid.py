@@ -3,7 +3,7 @@
 Park et al., "What Do Self-Supervised Vision Transformers Learn?", ICLR 2023, arXiv 2305.00729.
 
     python hybrid.py                                 # embedded images, a laptop's CPU, minutes
-    python hybrid.py --weight 0.5 --data cifar10     # every option of dino.py is one of this script too
+    python hybrid.py --weight 0.5 --data cifar10     # options of dino.py are also those of this script
     torchrun --nproc-per-node=2 hybrid.py --data photos/
 
 The idea. L = (1 - w) L_MIM + w L_CL (Figure 12). Contrast shapes the later layers and finds what tells images apart,
@@ -34,7 +34,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="and every option of dino.py; MAE's presets for what is not named here",
+        epilog="and every option of dino.py but --ablate, with its presets; those marked * here have mae_pcae.py's",
         allow_abbrev=False,
     )
     add = p.add_argument
@@ -51,6 +51,9 @@ def get_args(argv=None):
         raise InputError("--ablate is dino.py's: try it there")
     for name, value in vars(own).items():
         setattr(args, name, mae_pcae.PRESETS[args.preset].get(name) if value is None else value)
+    n = math.prod(ViT.grid_of(args.img_size, args.patch))
+    if not 0 < int(n * (1 - args.mask_ratio)) < n:
+        raise InputError(f"--mask-ratio {args.mask_ratio} leaves all or none of {n} patches visible")
     if not 0 <= args.weight <= 1:
         raise InputError(f"--weight {args.weight} is not between 0 and 1")
     return args
@@ -65,7 +68,7 @@ def train_step(nets, teacher, center, update, imgs, draws, args, teacher_temp, m
     """One optimiser step. nets: "mae" and "student", which share one ViT. imgs: uint8 (B, C, S, S).
 
     Returns (7,), on the device: loss, L_MIM, L_CL, teacher's entropy, gradient norm, and with `norms` the norms of both
-    parts' weighted gradients in the encoder (else 0).
+    parts' weighted gradients in the encoder, mean over micro-batches and processes (else 0).
     """
     total, batch_mean, w, pull = 0, 0, args.weight, torch.zeros(2, device=imgs.device)
     encoder = [p for p in nets["mae"].vit.parameters() if p.requires_grad]

@@ -5,8 +5,8 @@
 #   ./reproduce.sh --only mae --minutes 30
 #   ./reproduce.sh --data demo.npz --minutes 2 --finetune-epochs 3 -- --size nano     # on a CPU; after --: all trainings
 #
-# In --out (runs/reproduce): one folder a method, and table.md. What is done is not done again: to go on after a cut,
-# give the same command. A run's length in epochs follows from its speed over a few steps, measured on the machine; the
+# In --out (runs/reproduce): one folder a method, and table.md. The data needs labels. What is done is not done again: to
+# go on after a cut, give the same command; for other minutes, another --out. A run's length in epochs follows from its speed over a few steps, measured on the machine; the
 # test images are read once for each number of the table. Besides training: k-NN, linear probe and fine-tuning.
 set -euo pipefail
 methods="dino mae pcae siameseim hybrid" minutes=60 data=cifar10 out=runs/reproduce finetune=100 rest=()
@@ -31,7 +31,7 @@ train() { # method, folder, options
 
 json() { # file, command: the last line it prints, kept in the file once it has ended well
     local file=$1; shift
-    [ -s "$file" ] || { "$@" | tee /dev/stderr | tail -1 >"$file.part" && mv "$file.part" "$file"; }
+    [ -s "$file" ] || { "$@" | tee "$file.out" >&2 && tail -n 1 "$file.out" >"$file.part" && mv "$file.part" "$file"; }
 }
 
 for m in $methods; do
@@ -61,7 +61,7 @@ analysis() { # of all methods, with their read-outs for the claims on them
     done
     python "$here/analyze.py" "${runs[@]}" --out "$out/analysis" --results "${results[@]}"
 }
-[ -s "$out/analysis/analysis.png" ] || analysis
+[ "$(cat "$out/analysis/of" 2>/dev/null)" = "$methods" ] || { analysis && echo "$methods" >"$out/analysis/of"; }
 
 python - "$out" $methods >"$out/table.md" <<'PY'
 import json, sys

@@ -70,10 +70,7 @@ def drop_path(x, p):
 
 
 class OneDNN(torch.autograd.Function):
-    """x Wᵀ + b in fp32 on a CPU by oneDNN, and both gradients: what torch.compile takes there too.
-
-    PyTorch's own product is MKL's, which was measured at half that speed on an AMD CPU (RESULTS.md).
-    """
+    """x Wᵀ + b and its gradients by oneDNN. PyTorch's own fp32 product is MKL's, half as fast on AMD's (RESULTS.md)."""
 
     @staticmethod
     def product(x, weight, bias=None):
@@ -85,6 +82,7 @@ class OneDNN(torch.autograd.Function):
         return OneDNN.product(x, weight, bias)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (x, weight), (for_x, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
         rows = grad.flatten(0, -2)
@@ -96,10 +94,10 @@ class OneDNN(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None):
-    """F.linear by whatever is fast: (..., D) -> (..., out)."""
-    slow = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    slow = slow and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    if slow and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    """F.linear, (..., D) -> (..., out); in fp32 on a CPU by oneDNN, if that is there and nothing casts or compiles."""
+    suits = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    suits = suits and x.ndim > 1 and x.numel() and not torch.is_autocast_enabled("cpu")
+    if suits and not torch.compiler.is_compiling() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return OneDNN.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -564,9 +562,11 @@ def in_order(images, batch):
 
 
 def in_worker(_):
-    """A process that decodes: Ctrl-C is its parent's business, and so is the lock on the run's folder."""
+    """A process that decodes: signals are its parent's business (torchrun and schedulers send them to all at once, and
+    the parent needs it to the end of the step), and so is the lock on the run's folder.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if Run.lock:
         Run.lock.close()
 
@@ -931,7 +931,7 @@ class Run:
         self.first, self.untrained = self.resume(), None
         if self.first == 0 and self.rank == 0:  # of a run that was killed before it saved
             (self.out / "log.jsonl").unlink(missing_ok=True)
-        self.row = {k: v for r in self.rows() for k, v in r.items()}
+        self.row = {k: v for r in (self.rows() if self.rank == 0 else ()) for k, v in r.items()}
         self.before = self.row.get("seconds", 0.0)
         self.say(
             f"{config['method']}: {len(train)} images of {args.canvas} px, {args.size}/{args.patch}, "
@@ -1116,10 +1116,9 @@ class Run:
         for axes, key in ((left, "loss"), (right, "knn")):
             axes.plot(*zip(*((r["epoch"], r[key]) for r in rows if r.get(key) is not None), strict=True))
             axes.set(xlabel="epoch", title=dict(loss="loss", knn="k-NN accuracy, % (k = 20)")[key])
-        for key, style in (("knn_pixels", ":"), ("knn_untrained", "--")):
-            right.axhline(
-                self.row[key], color="grey", linestyle=style, label=dict(knn_pixels="raw pixels").get(key, "untrained")
-            )
+        for key, style, label in (("knn_pixels", ":", "raw pixels"), ("knn_untrained", "--", "untrained")):
+            if key in self.row:  # a checkpoint that was moved without its log has none
+                right.axhline(self.row[key], color="grey", linestyle=style, label=label)
         right.legend()
         figure.savefig(self.out / "curve.png", dpi=100)
 

@@ -113,7 +113,7 @@ def test_white_noise_and_an_offset():
 @pytest.mark.parametrize("band", [0.0, 0.3, 0.9])
 def test_noise_stays_in_its_band(band):
     noise = analyze.band_noise((4, 3, 32, 32), band, torch.Generator().manual_seed(0))
-    close(noise.std(dim=(1, 2, 3)), torch.ones(4))
+    close(noise.square().mean(dim=(1, 2, 3)), torch.ones(4))
     spectrum, f = torch.fft.fft2(noise).abs(), torch.fft.fftfreq(32).abs() * 2
     radius = torch.maximum(f[:, None], f[None])
     assert spectrum[..., (radius < band - 1e-6) | (radius >= band + 0.1 + 1e-5)].max() < 1e-3
@@ -202,3 +202,13 @@ def test_cue_conflict_layout(npz, tmp_path):
 def test_wrong_input(npz, capsys, options, message):
     dino.main(tiny("--steps", 1, out="d"))
     assert message in fails(analyze.main, options.split(), capsys)
+
+
+@pytest.mark.parametrize("side", [14, 32, 224])
+def test_bands_of_noise_tile_the_plane(side):
+    """The energy of one noise image is that of its bands together: no frequency is lost, none counted twice."""
+    count = 0
+    for band in torch.arange(10) / 10:
+        noise = analyze.band_noise((1, 1, side, side), band.item(), torch.Generator().manual_seed(0))
+        count += (torch.fft.fft2(noise)[0, 0].abs() > 1e-3 * side).int()
+    assert bool((count == 1).all())

@@ -110,3 +110,16 @@ def test_memory_is_flat_in_the_length_of_the_run(method, npz):
     print(method, {s: v // 1024 for s, v in seen.items()})
     assert seen[max(seen)] < 1.02 * seen[early], seen
     assert len(log()) > 5
+
+
+def test_a_scheduler_that_stops_all_processes_at_once(folder):
+    """SIGTERM to the whole group, workers too: the run saves and leaves."""
+    code = f"{STREAMED} dino.main({tiny('--epochs', 500, '--workers', 2, '--knn-every', 500, data=folder)})"
+    env = command("dino.py")[1] | dict(PYTHONPATH=str(ROOT))
+    argv = [sys.executable, "-c", code]
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(training(), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM and "goes on from there" in text
+    assert checkpoint()["step"] >= 1
