@@ -212,3 +212,10 @@ def test_bands_of_noise_tile_the_plane(side):
         noise = analyze.band_noise((1, 1, side, side), band.item(), torch.Generator().manual_seed(0))
         count += (torch.fft.fft2(noise)[0, 0].abs() > 1e-3 * side).int()
     assert bool((count == 1).all())
+
+
+def test_a_result_that_cannot_be_read_is_refused_before_measuring(npz, capsys, monkeypatch):
+    monkeypatch.setattr(analyze, "measure_encoder", lambda *_: pytest.fail("measured first"))
+    config = dict((model := vit.ViT(16, 4, **vit.SIZES["test"])).config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls")
+    torch.save(dict(encoder=model.state_dict(), config=config), "a.pt")
+    assert "--results nowhere.json" in fails(analyze.main, ["a.pt", "--data", npz, "--results", "nowhere.json"], capsys)

@@ -92,6 +92,7 @@ def test_two_processes_are_one(npz):
 @pytest.mark.parametrize(
     "more,message",
     [
+        (["--mask-ratio", "0"], "leaves all or none of"),
         (["--weight", "2"], "--weight 2.0 is not between 0 and 1"),
         (["--data", "nowhere"], "--data nowhere"),
         (["--patch", "5", "--img-size", "16"], "not a multiple of --patch 5"),

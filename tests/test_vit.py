@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 import vit
 
@@ -126,3 +127,27 @@ def test_torch_export_gives_the_same_tokens():
     net, x = vit.ViT(16, 4, **vit.SIZES["test"]).eval(), torch.randn(2, 3, 16, 16)
     exported = torch.export.export(net, (x,)).module()
     torch.testing.assert_close(exported(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8), (7, 8), (2, 2, 2, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_pytorchs_in_value_and_gradients(shape, bias):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape), torch.randn(6, 8), torch.randn(6) if bias else None]
+    results = []
+    for function in (vit.linear, F.linear):
+        own = [t if t is None else t.clone().requires_grad_() for t in inputs]
+        y = function(*own)
+        y.square().sum().backward()
+        results.append([y, *(t.grad for t in own if t is not None)])
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+def test_linear_where_onednn_is_not_for_it(monkeypatch):
+    monkeypatch.setattr(vit.OneDNN, "product", lambda *_: pytest.fail("oneDNN was asked"))
+    x, w = torch.randn(3, 8), torch.randn(6, 8)
+    assert vit.linear(x[:0], w).shape == (0, 6) and vit.linear(x.double(), w.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vit.linear(x, w).dtype == torch.bfloat16
+    assert vit.linear(x.to("meta"), w.to("meta")).shape == (3, 6)
