@@ -3,13 +3,14 @@
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, checkpoint, command, log, losses, same, start, tiny
+from conftest import ROOT, checkpoint, command, losses, same, start, tiny
 
 pytestmark = pytest.mark.slow
 FILES = {"dino": "dino.py", "mae": "mae_pcae.py", "pcae": "mae_pcae.py", "siameseim": "siameseim.py"}
@@ -93,9 +94,12 @@ def test_one_of_two_processes_dies(npz):
 
 @pytest.mark.parametrize("method", FILES)
 def test_memory_is_flat_in_the_length_of_the_run(method, npz):
-    """Resident memory after SOAK steps (2,000 by hand) is within 2 % of that after a tenth of them."""
+    """Resident memory at the end of SOAK steps (2,000 by hand) is within 2 % of that after a tenth of them.
+
+    Medians over a tenth of the run, as it comes and goes by 1 %; by then k-NN and the curve have been drawn once.
+    """
     steps = int(os.environ.get("SOAK", 400))
-    options = ["--epochs", 5000, "--steps", steps, "--log-every", 20, "--knn-every", 50]
+    options = ["--epochs", 5000, "--steps", steps, "--log-every", max(2, steps // 100), "--knn-every", steps // 100]
     argv, env = command(FILES[method], *tiny(*options, method=method))
     process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seen = {}
@@ -105,11 +109,9 @@ def test_memory_is_flat_in_the_length_of_the_run(method, npz):
             seen[step] = next((int(s.split()[1]) for s in status.splitlines() if s.startswith("VmRSS")), None)
         time.sleep(0.05)
     assert process.returncode == 0, process.stderr.read()[-2000:]
-    seen = {k: v for k, v in seen.items() if v}
-    early = min((s for s in seen if s >= steps // 10), default=None)
-    print(method, {s: v // 1024 for s, v in seen.items()})
-    assert seen[max(seen)] < 1.02 * seen[early], seen
-    assert len(log()) > 5
+    inside = lambda low, high: statistics.median(v for k, v in seen.items() if v and low * steps < k <= high * steps)
+    print(method, {s: v and v // 1024 for s, v in seen.items()})
+    assert inside(0.9, 1) < 1.02 * inside(0.1, 0.2), seen
 
 
 def test_a_scheduler_that_stops_all_processes_at_once(folder):
