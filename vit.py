@@ -262,7 +262,16 @@ def cli(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
-            return main(argv)
+            result = main(argv)
+            if (
+                dist.is_initialized() and main.__module__ == "__main__"
+            ):  # all is printed and saved: leave as we are, for
+                (
+                    sys.stdout.flush(),
+                    sys.stderr.flush(),
+                )  # gloo's teardown was seen to abort after that, one time in twenty
+                os._exit(0)
+            return result
         except InputError as e:
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
