@@ -263,13 +263,10 @@ def cli(main):
     def wrapped(argv=None):
         try:
             result = main(argv)
-            if (
-                dist.is_initialized() and main.__module__ == "__main__"
-            ):  # all is printed and saved: leave as we are, for
-                (
-                    sys.stdout.flush(),
-                    sys.stderr.flush(),
-                )  # gloo's teardown was seen to abort after that, one time in twenty
+            # All is printed and saved. Gloo's teardown was seen to abort after that, one time in twenty: leave without it.
+            if dist.is_initialized() and main.__module__ == "__main__":
+                sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(0)
             return result
         except InputError as e:
