@@ -263,7 +263,7 @@ def cli(main):
     def wrapped(argv=None):
         try:
             result = main(argv)
-            # All is printed and saved. Gloo's teardown was seen to abort after that, one time in twenty: leave without it.
+            # All is printed and saved. Gloo's teardown aborts after that, one time in twenty: leave without it.
             if dist.is_initialized() and main.__module__ == "__main__":
                 sys.stdout.flush()
                 sys.stderr.flush()
