@@ -152,10 +152,10 @@ def effective_rank(x):
 
 
 def band_noise(shape, band, g, width=0.1):
-    """Noise whose frequencies lie in [band, band + width) of the Nyquist frequency, mean square 1 (0 where
-    a small image has none of them): (B, C, h, w).
+    """Noise whose frequencies lie in [band, band + width) of the Nyquist frequency: (B, C, h, w).
 
-    The radius of a frequency (fy, fx), each in -1 to 1, is the larger of |fy| and |fx|: the bands tile the plane.
+    Its mean square is 1, or 0 where a small image has no such frequency. The radius of a frequency (fy, fx), each in
+    -1 to 1, is the larger of |fy| and |fx|: the bands tile the plane.
     """
     noise = torch.randn(shape, generator=g)
     fy, fx = (torch.fft.fftfreq(s).abs() * 2 for s in shape[-2:])

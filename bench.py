@@ -44,7 +44,7 @@ import dino
 import hybrid
 import mae_pcae
 import siameseim
-from vit import SIZES, Images, InputError, ViT, cli, in_order, launch, linear, peak_memory, stream
+from vit import DTYPES, SIZES, Images, InputError, OneDNN, ViT, cli, in_order, launch, linear, peak_memory, stream
 
 
 def get_args(argv=None):
@@ -127,18 +127,18 @@ def our_hybrid(args, device, mean, std):
 
 def our_net(args, device, mean, std):
     """MAE, PCAE and SiameseIM: one network that holds all of it."""
-    if not hasattr(args, "method"):
-        script, net, draw = siameseim, siameseim.SiameseIM(args.shape, args, args.drop_path), "draw_pairs"
+    if hasattr(args, "method"):
+        script, make, draw = mae_pcae, mae_pcae.METHODS[args.method], lambda i: mae_pcae.draw_numbers(args, i)
     else:
-        script, net, draw = mae_pcae, mae_pcae.METHODS[args.method](args.shape, args, args.drop_path), "draw_numbers"
-    net = net.to(device)
+        script, make, draw = siameseim, siameseim.SiameseIM, lambda i: siameseim.draw_pairs(args, i)
+    net = make(args.shape, args, args.drop_path).to(device)
     if args.compile:
         net.compile()
     update = script.Update([net], device, args.precision, betas=(0.9, 0.95))
     update.set(1e-4, 0.05)
 
     def step(i, imgs):
-        draws = script.my_rows(getattr(script, draw)(args, i), 0, 1, device)
+        draws = script.my_rows(draw(i), 0, 1, device)
         script.train_step(net, update, imgs, draws, args, 0.996, mean, std)
 
     return step
@@ -157,7 +157,6 @@ PHASES |= dict(backward=("backward",), optimiser=("step",), ema=("ema_update",))
 @contextlib.contextmanager
 def clocked(script, spent, wait):
     """Adds to `spent` the seconds that each phase takes, by wrapping the functions of the script that do it."""
-
     inside = []
 
     def timed(phase, function):
@@ -183,11 +182,10 @@ def clocked(script, spent, wait):
         yield
 
 
-def ceiling(device, dtype):
+def ceiling(device, dtype, wait):
     """Multiplications a second of a large matrix product: the best of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = math.inf
     for _ in range(10):
         wait()
@@ -432,9 +430,8 @@ def measure(args):
         if "lightly" not in method:
             old_packages()
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1
-        )  # losses of DINO and SiameseIM need one
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, rank=0, world_size=1)  # losses of DINO and SiameseIM need one
         step = AUTHORS[method][2](run, device)
     images = Images(pixels=torch.randint(0, 256, (run.batch, 3, run.canvas, run.canvas), dtype=torch.uint8))
     loader = stream(images, in_order(images, run.batch) * (2 * args.steps + 3), device, run.workers)
@@ -464,20 +461,18 @@ def measure(args):
         spent = dict(data=sum(waits), **spent)
         spent["forward"] = sum(times) - sum(spent.values())
         result["phases"] = {k: v / args.steps for k, v in spent.items()}
-    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    by_onednn = {onednn: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]} if onednn else {}
+    by_onednn = {OneDNN.operator: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]} if OneDNN.operator else {}
     with (
         FlopCounterMode(display=False, custom_mapping=by_onednn) as count,
         nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
     ):
         step(0, next(loader))
     result["gmacs"] = count.get_total_flops() / 2e9 / run.batch
-    dtype = torch.float16 if cuda and not is_ours else getattr(torch, TYPES[run.precision])
-    result["mfu"] = result["gmacs"] * 1e9 * run.batch / statistics.median(result["times"]) / ceiling(device, dtype)
+    dtype = torch.float16 if cuda and not is_ours else DTYPES[run.precision]
+    result["mfu"] = (
+        result["gmacs"] * 1e9 * run.batch / statistics.median(result["times"]) / ceiling(device, dtype, wait)
+    )
     print(json.dumps(result))
-
-
-TYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
 
 
 @cli

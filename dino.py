@@ -39,6 +39,7 @@ from torch import nn
 from torchvision.utils import make_grid, save_image
 
 from vit import (
+    DTYPES,
     SIZES,
     InputError,
     Linear,
@@ -564,7 +565,7 @@ class Update:
         groups = [dict(params=decay), dict(params=rest, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+        self.dtype = DTYPES[precision]
         self.device, self.skipped = device, torch.zeros(2, device=device)  # skipped steps: in all, and in a row
 
     def autocast(self):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vit import InputError, ViT, cli, features, in_turn, knn, launch, load_encoder, load_images, number_alike
+from vit import DTYPES, InputError, ViT, cli, features, knn, launch, load_encoder, load_labelled
 
 
 def get_args(argv=None):
@@ -73,24 +73,13 @@ def main(argv=None):
     args.data = args.data or config.get("data", "demo.npz")
     side = max(config["img_size"])
     side = side if side <= 64 else round(side * 8 / 7)
-    load = lambda: {s: load_images(args.data, s, side, quiet=rank > 0) for s in ("train", "test")}
-    sets = in_turn(load, rank)
-    labels = {s: x.labels for s, x in sets.items()}
-    if labels["train"] is None or labels["test"] is None:
-        raise InputError(f"--data {args.data} has no labels: k-NN needs class folders, or labels in the .npz")
-    if sets["train"].channels != config["in_chans"]:
-        raise InputError(
-            f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets['train'].channels}"
-        )
-    number_alike(sets["train"], sets["test"])
-    if min(map(len, sets.values())) < world:
-        raise InputError(f"--data {args.data} has fewer images than there are processes")
+    sets = load_labelled(args, config, side, rank, world, "k-NN")
     labels = {s: x.labels.to(device) for s, x in sets.items()}
 
     torch.manual_seed(0)
     untrained = ViT(**vit.config | dict(img_size=config["img_size"])).eval().to(device)
     encoders = dict(pixels=(None, "mean"), untrained=(untrained, config["feature"]), trained=(vit.to(device), "both"))
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
+    dtype = DTYPES[args.precision]
     result, dump, share = {}, {}, slice(rank, None, world)
     for name, (net, feature) in encoders.items():
         x = {}

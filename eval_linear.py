@@ -35,17 +35,17 @@ from einops import rearrange
 from torch import nn
 
 from vit import (
+    DTYPES,
     InputError,
     ViT,
     cli,
     drop_path,
     features,
     in_order,
-    in_turn,
     launch,
     load_encoder,
-    load_images,
-    number_alike,
+    load_labelled,
+    pooled,
     positive,
     prepare,
     stream,
@@ -120,15 +120,9 @@ class Reader:
         self.vit, self.layers = vit, layers
 
     def encode(self, imgs, feature):
-        if self.layers == 1 and feature != "both":
+        if self.layers == 1:
             return self.vit.encode(imgs, feature)
         return torch.cat([pooled(x, feature) for x in self.vit.layers(imgs)[-self.layers :]], dim=1)
-
-
-def pooled(x, feature):
-    """Tokens (B, 1+N, D) to their CLS token, their mean patch token, or both side by side: (B, D) or (B, 2 D)."""
-    cls, mean = x[:, 0], x[:, 1:].mean(dim=1)
-    return dict(cls=cls, mean=mean, both=torch.cat([cls, mean], dim=1))[feature]
 
 
 def train_heads(pairs, total, width, classes, rates, batch, device):
@@ -156,7 +150,7 @@ def train_heads(pairs, total, width, classes, rates, batch, device):
 
 def probe(args, vit, sets, config, device, rank, world):
     """Linear accuracy, percent. The rate is chosen on the last tenth of the training images in their fixed order."""
-    reader, dtype = Reader(vit.to(device).eval(), args.layers), precision_of(args)
+    reader, dtype = Reader(vit.to(device).eval(), args.layers), DTYPES[args.precision]
     config, test = dict(config, feature=args.feature or config["feature"]), sets["test"]
     train = sets["train"].pick(share_of_labels(sets["train"].labels, args.labels).tolist())
     y, mean, std = train.labels.to(device), *statistics(config, device)
@@ -297,7 +291,7 @@ def finetune(args, vit, sets, config, device, rank, world):
     net = Classifier(vit, len(train.classes), args.feature or config["feature"], args.drop_ratio).to(device)
     optimizer = torch.optim.AdamW(layer_groups(net, args.layer_decay, args.weight_decay), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    dtype, (mean, std) = precision_of(args), statistics(config, device)
+    dtype, (mean, std) = DTYPES[args.precision], statistics(config, device)
     batch = min(args.batch, len(train)) // (2 * world) * 2 * world
     if not batch:
         raise InputError(f"{len(train)} training images are too few for {world} process(es): --labels, --data")
@@ -365,10 +359,6 @@ def statistics(config, device):
     return (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
 
 
-def precision_of(args):
-    return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
-
-
 def draw_mixes(args, step, batch):
     """All random numbers of a step, for the whole batch: a crop, a flip, and mixup's weight, at least one half."""
     g = seeded(args.seed, step)
@@ -396,17 +386,7 @@ def main(argv=None):
     side = max(config["img_size"])
     args.canvas = side if side <= 64 else round(side * 8 / 7)
     args.aspect = config["img_size"][1] / config["img_size"][0]
-    load = lambda: {s: load_images(args.data, s, args.canvas, quiet=rank > 0) for s in ("train", "test")}
-    sets = in_turn(load, rank)
-    if sets["train"].labels is None or sets["test"].labels is None:
-        raise InputError(f"--data {args.data} has no labels: a read-out needs class folders, or labels in the .npz")
-    if sets["train"].channels != config["in_chans"]:
-        raise InputError(
-            f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets['train'].channels}"
-        )
-    number_alike(sets["train"], sets["test"])
-    if min(map(len, sets.values())) < world:
-        raise InputError(f"--data {args.data} has fewer images than there are processes")
+    sets = load_labelled(args, config, args.canvas, rank, world, "a read-out")
     how = finetune if args.finetune else probe
     result = how(args, vit, sets, config, device, rank, world)
     settings = dict(

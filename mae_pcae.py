@@ -43,6 +43,7 @@ from torch import nn
 from torchvision.utils import make_grid, save_image
 
 from vit import (
+    DTYPES,
     SIZES,
     Block,
     InputError,
@@ -67,17 +68,13 @@ from vit import (
 
 PRESETS = {  # chosen by the size of the images; "224" is the papers' ViT-B/16
     "demo": dict(size="nano", patch=4, img_size=32, epochs=16, warmup=2, batch=64, lr=8e-3, mask_ratio=0.5,
-                 decoder_dim=64, decoder_depth=2, decoder_heads=4, drop_path=0.0, momentum=0.98,
-                 keep=0.5),
+                 decoder_dim=64, decoder_depth=2, decoder_heads=4, drop_path=0.0, momentum=0.98, keep=0.5),
     "32": dict(size="tiny", patch=4, img_size=None, epochs=400, warmup=20, batch=512, lr=1e-3, mask_ratio=0.75,
-               decoder_dim=128, decoder_depth=4, decoder_heads=4, drop_path=0.0, momentum=0.996,
-               keep=0.5),
+               decoder_dim=128, decoder_depth=4, decoder_heads=4, drop_path=0.0, momentum=0.996, keep=0.5),
     "96": dict(size="small", patch=8, img_size=96, epochs=400, warmup=20, batch=512, lr=3e-4, mask_ratio=0.75,
-               decoder_dim=256, decoder_depth=4, decoder_heads=8, drop_path=0.0, momentum=0.996,
-               keep=0.5),
+               decoder_dim=256, decoder_depth=4, decoder_heads=8, drop_path=0.0, momentum=0.996, keep=0.5),
     "224": dict(size="base", patch=16, img_size=224, epochs=400, warmup=40, batch=4096, lr=1.5e-4, mask_ratio=0.75,
-                decoder_dim=512, decoder_depth=8, decoder_heads=16, drop_path=0.0, momentum=0.9999,
-                keep=0.5),
+                decoder_dim=512, decoder_depth=8, decoder_heads=16, drop_path=0.0, momentum=0.9999, keep=0.5),
 }  # fmt: skip
 PCAE_PRESETS = {"demo": dict(epochs=24, batch=32, momentum=0.998, keep=0.8)}  # where it wants another than MAE
 
@@ -516,7 +513,7 @@ class Update:
         groups = [dict(params=decay), dict(params=rest, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+        self.dtype = DTYPES[precision]
         self.device, self.skipped = device, torch.zeros(2, device=device)  # skipped steps: in all, and in a row
 
     def autocast(self):

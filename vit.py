@@ -42,6 +42,7 @@ SIZES = {  # timm and DINO name them ViT-Ti, S, B, L; "nano" is the size for a C
     "base": dict(dim=768, depth=12, heads=12),
     "large": dict(dim=1024, depth=24, heads=16),
 }
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)  # --precision
 
 
 class InputError(ValueError):
@@ -72,9 +73,11 @@ def drop_path(x, p):
 class OneDNN(torch.autograd.Function):
     """x Wᵀ + b and its gradients by oneDNN. PyTorch's own fp32 product is MKL's, half as fast on AMD's (RESULTS.md)."""
 
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None: a build of torch without oneDNN
+
     @staticmethod
     def product(x, weight, bias=None):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+        return OneDNN.operator(x, weight, bias, "none", [], None)
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -97,7 +100,7 @@ def linear(x, weight, bias=None):
     """F.linear, (..., D) -> (..., out); in fp32 on a CPU by oneDNN, if that is there and nothing casts or compiles."""
     suits = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     suits = suits and x.ndim > 1 and x.numel() and not torch.is_autocast_enabled("cpu")
-    if suits and not torch.compiler.is_compiling() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if suits and OneDNN.operator and not torch.compiler.is_compiling():
         return OneDNN.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -244,11 +247,13 @@ class ViT(nn.Module):
 
     def encode(self, imgs, feature="cls"):
         """One vector per image: feature "cls" (CLS token) or "mean" (mean patch token), (B, D); "both": (B, 2D)."""
-        if feature == "cls":
-            return self.cls(imgs)
-        x = self(imgs)
-        mean = x[:, 1:].mean(dim=1)
-        return mean if feature == "mean" else torch.cat([x[:, 0], mean], dim=1)
+        return self.cls(imgs) if feature == "cls" else pooled(self(imgs), feature)
+
+
+def pooled(x, feature):
+    """Tokens (B, 1+N, D) to their CLS token, their mean patch token, or both side by side: (B, D) or (B, 2 D)."""
+    cls, mean = x[:, 0], x[:, 1:].mean(dim=1)
+    return dict(cls=cls, mean=mean, both=torch.cat([cls, mean], dim=1))[feature]
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -780,6 +785,22 @@ def load_splits(args, rank):
         return train, None
     number_alike(train, test)
     return train, test
+
+
+def load_labelled(args, config, side, rank, world, reader):
+    """Training and test images of args.data, `side` px, for a read-out: a dict. reader: who asks, for errors."""
+    load = lambda: {s: load_images(args.data, s, side, quiet=rank > 0) for s in ("train", "test")}
+    sets = in_turn(load, rank)
+    if sets["train"].labels is None or sets["test"].labels is None:
+        raise InputError(f"--data {args.data} has no labels: {reader} needs class folders, or labels in the .npz")
+    if sets["train"].channels != config["in_chans"]:
+        raise InputError(
+            f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets['train'].channels}"
+        )
+    number_alike(sets["train"], sets["test"])
+    if min(map(len, sets.values())) < world:
+        raise InputError(f"--data {args.data} has fewer images than there are processes")
+    return sets
 
 
 def in_turn(load, rank):

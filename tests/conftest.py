@@ -52,6 +52,7 @@ def folder(tmp_path):
     return "photos"
 
 
+FILES = {"dino": "dino.py", "mae": "mae_pcae.py", "pcae": "mae_pcae.py", "siameseim": "siameseim.py"}
 SMALL = "--decoder-dim 16 --decoder-depth 2 --decoder-heads 2"
 OWN = {  # keeps a method's own parts small
     "dino": "--prototypes 64 --hidden 32 --local-crops 2 --local-size 8",

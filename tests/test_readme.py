@@ -21,6 +21,11 @@ def copy():
         shutil.copy(file, ".")
 
 
+def environment():
+    """That of a shell in which the venv is active."""
+    return dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
+
+
 def phone_picture(name, size=(400, 300), orientation=6):
     img = Image.effect_noise(size, 80).convert("RGB")
     exif = Image.Exif()
@@ -41,7 +46,6 @@ def test_every_command_of_the_readme_runs():
     lines = [line.split("  #")[0].strip() for line in section.splitlines() if re.match(r"    (python|torchrun) ", line)]
     lines = [line for line in lines if ".py" in line]
     assert len(lines) >= 10
-    env = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
     for line in lines:
         line = line.replace("--data cifar10", "--data cifar10.npz --out runs/cifar10")
         if re.search(r" (dino|mae_pcae)\.py", line) and "cat.jpg" not in line:
@@ -50,7 +54,7 @@ def test_every_command_of_the_readme_runs():
         if "--finetune" in line:
             line = line.replace("--epochs 10", "--epochs 1 --labels 0.1")
         line = line.replace("analyze.py", "analyze.py --quick")
-        done = subprocess.run(line, shell=True, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(line, shell=True, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     for name in ("last.pt", "log.jsonl", "curve.png", "attention.png"):
         assert Path("runs/dino-demo", name).exists()
@@ -58,10 +62,11 @@ def test_every_command_of_the_readme_runs():
 
 
 def test_reproduce_goes_on_where_it_was_cut(npz):
-    env = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
     options = ["--only", "mae siameseim", "--data", npz, "--out", "out", "--minutes", "0.01", "--finetune-epochs", "1"]
     argv = ["bash", ROOT / "reproduce.sh", *options, "--", "--size", "test", "--patch", "4", "--batch", "8"]
-    run = lambda: subprocess.run([*argv, "--decoder-dim", "24"], env=env, capture_output=True, text=True, timeout=600)
+    run = lambda: subprocess.run(
+        [*argv, "--decoder-dim", "24"], env=environment(), capture_output=True, text=True, timeout=600
+    )
     first = run()
     assert first.returncode == 0, first.stderr[-2000:]
     table = Path("out/table.md").read_text()

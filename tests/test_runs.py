@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import checkpoint, command, fails, log, losses, networks, pictures, same, start, tensors, tiny
+from conftest import FILES, checkpoint, command, fails, log, losses, networks, pictures, same, start, tensors, tiny
 
 import dino
 import mae_pcae
@@ -17,7 +17,6 @@ import siameseim
 import vit
 
 SCRIPTS = {"dino": dino.main, "mae": mae_pcae.main, "pcae": mae_pcae.main, "siameseim": siameseim.main}
-FILES = {"dino": "dino.py", "mae": "mae_pcae.py", "pcae": "mae_pcae.py", "siameseim": "siameseim.py"}
 everywhere = pytest.mark.parametrize("method", SCRIPTS)
 slow = [pytest.param(m, marks=pytest.mark.slow) for m in SCRIPTS if m != "dino"]
 quick = ["dino", "mae", pytest.param("pcae", marks=pytest.mark.slow), "siameseim"]  # PCAE shares its file with MAE
