@@ -209,9 +209,9 @@ class MAE(nn.Module):
 
     picture = "reconstruction.png"
 
-    def __init__(self, shape, args, drop_path=0.0, out=None):
+    def __init__(self, shape, args, drop_path=0.0, out=None, pos="sincos"):
         super().__init__()
-        self.vit = ViT(**shape, pos="sincos", drop_path=drop_path)
+        self.vit = ViT(**shape, pos=pos, drop_path=drop_path)
         self.patch, self.mask_ratio, self.norm_pix, dim = args.patch, args.mask_ratio, args.norm_pix, args.decoder_dim
         y, x = torch.meshgrid(*map(torch.arange, self.vit.grid), indexing="ij")
         pos = F.pad(sincos(y.flatten(), x.flatten(), dim), (0, 0, 1, 0))[None]  # CLS: zeros
