@@ -7,9 +7,10 @@ learning (CL) against masked image modelling (MIM).
     python analyze.py weights/*.pt --data cifar10 --out runs/analysis
     python analyze.py moco.pth=cl simmim.pth=mim --data imagenette/ --quick
 
-Writes analysis.json and analysis.png into --out and prints a table and the verdicts. An untrained network of the first
-checkpoint's shape is measured beside the others. A checkpoint of ours says what it is (dino: CL; mae, pcae: MIM; others
-take no side); of another file say it: FILE=cl or FILE=mim. Several files of one kind count as seeds.
+Writes analysis.json, analysis.png (curves over depth) and queries.png (attention maps) into --out and prints a table
+and the verdicts. An untrained network of the first checkpoint's shape is measured beside the others. A checkpoint of
+ours says what it is (dino: CL; mae, pcae: MIM; others take no side); of another file say it: FILE=cl or FILE=mim.
+Several files of one kind count as seeds.
 
 Where the paper's protocol is public (its notebooks) ours is the same: attention distance, normalised mutual
 information, Fourier log amplitude. Ours are: similarity of attention maps, of tokens within and across images,
@@ -396,6 +397,34 @@ def draw_sheet(models, file, patch, grid):
     figure.savefig(file, dpi=70)
 
 
+@torch.no_grad()
+def draw_queries(encoders, imgs, file):
+    """Attention maps of two chosen queries of each image: a row for each query, a column for each encoder.
+
+    encoders: name -> (ViT, config). imgs: uint8 (n, C, S, S). Last block, mean over heads; the query is red, each map has its own scale.
+    """
+    from matplotlib.figure import Figure
+
+    queries = [(0.35, 0.35), (0.65, 0.65)]  # y, x as shares of the image
+    figure = Figure((1.6 * (1 + len(encoders)), 1.6 * len(queries) * len(imgs)), layout="constrained")
+    axes = figure.subplots(len(queries) * len(imgs), 1 + len(encoders), squeeze=False)
+    for column, (name, (vit, config)) in enumerate(encoders.items(), 1):
+        grid = ViT.grid_of(config["img_size"], vit.patch)
+        x = prepare(imgs, config["img_size"], config["mean"], config["std"])
+        maps = patches_only(vit.attention(x).float()).mean(dim=1).unflatten(1, grid).unflatten(3, grid).cpu().numpy()
+        axes[0, column].set_title(name, fontsize=8)
+        for row, (m, (y, x)) in enumerate((m, q) for m in maps for q in queries):
+            y, x = int(y * grid[0]), int(x * grid[1])
+            axes[row, column].imshow(m[y, x], cmap="magma")
+            axes[row, column].plot(x, y, "s", color="red", markersize=4, fillstyle="none")
+    for row, (img, (y, x)) in enumerate((i, q) for i in imgs.cpu().numpy() for q in queries):
+        axes[row, 0].imshow(img[[0, 1, 2] if len(img) == 3 else [0, 0, 0]].transpose(1, 2, 0))
+        axes[row, 0].plot(x * img.shape[2], y * img.shape[1], "s", color="red", markersize=6, fillstyle="none")
+    for ax in axes.flatten():
+        ax.set(xticks=[], yticks=[])
+    figure.savefig(file, dpi=100)
+
+
 def plain(x):
     """Tensors, numbers and dicts of them as what JSON can hold: per-image values become [mean, standard error]."""
     if torch.is_tensor(x):
@@ -462,17 +491,27 @@ def main(argv=None):
     out, patch, grid = Path(args.out), vit.patch, vit.grid
     out.mkdir(parents=True, exist_ok=True)
     draw_sheet(models, out / "analysis.png", patch, grid)
-    width = max(map(len, models)) + 1
-    panels = list(curves(models["untrained"]["found"]))
-    print("last block, or highest band:")
-    for panel in panels:
-        row = {name: curves(m["found"])[panel] for name, m in models.items()}
-        print(f"  {panel:40}" + "".join(f"{name:>{width}} {c[-1][1]:8.3f}" for name, c in row.items() if c))
+    encoders = dict(zip(models, [*((v, c) for *_, v, c in loaded), (untrained, config)], strict=True))
+    sample = sets["test"].subset(3)
+    draw_queries(encoders, next(stream(sample, in_order(sample, 3), device, 0)), out / "queries.png")
+    tables = {name: curves(m["found"]) for name, m in models.items()}
+    line = lambda title, cells: print(
+        f"  {title:40}" + "".join(f"{c:>{max(10, len(n) + 2)}}" for n, c in cells.items())
+    )
+    line("last block, or highest band", {name: name for name in models})
+    for panel in next(iter(tables.values())):
+        row = {name: t[panel] for name, t in tables.items()}
+        if any(row.values()):
+            line(panel, {name: f"{c[-1][1]:.3f}" if c else "-" for name, c in row.items()})
+            if "%" in panel:
+                best = {name: max(c, key=lambda point: point[1])[0] for name, c in row.items() if c}
+                line("   its best block", best)
     for c in claims:
         numbers = ""
         if "margin" in c:
             numbers = (
-                f": {c['values'][0]:.3f} against {c['values'][1]:.3f}, margin {c['margin']:.3f} ± {c['error']:.3f}"
+                f": {c['values'][0]:.3f} against {c['values'][1]:.3f}, margin {c['margin']:.3f} ± {c['error']:.3f}, "
+                f"{c['seeds'][0]} and {c['seeds'][1]} encoders"
             )
         print(f"  claim {c['claim']:2} {c['verdict']:12} {c['what']}{numbers}")
     result = dict(data=args.data, images=len(sets["test"]), models={n: plain(m) for n, m in models.items()})

@@ -169,6 +169,8 @@ def test_the_script(npz, capsys):
     assert json.loads(vit.Path("an/analysis.json").read_text())["models"].keys() == kinds.keys()
     with Image.open("an/analysis.png") as img:
         assert img.width == 1400
+    with Image.open("an/queries.png") as img:  # an image and three encoders; two queries of each of three images
+        assert img.size == (640, 960)
 
 
 def test_streamed_in_small_batches_it_is_the_same(npz):
