@@ -401,7 +401,8 @@ def draw_sheet(models, file, patch, grid):
 def draw_queries(encoders, imgs, file):
     """Attention maps of two chosen queries of each image: a row for each query, a column for each encoder.
 
-    encoders: name -> (ViT, config). imgs: uint8 (n, C, S, S). Last block, mean over heads; the query is red, each map has its own scale.
+    encoders: name -> (ViT, config). imgs: uint8 (n, C, S, S). Last block, mean over heads; the query is red. Each map
+    its own scale.
     """
     from matplotlib.figure import Figure
 
