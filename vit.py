@@ -431,15 +431,14 @@ def load_npz(file, split, label="labels"):
         raise InputError(f"{file} holds neither train_images nor images: see --data in the help") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, MemoryError) as e:
         raise InputError(f"{file} is not a readable .npz of plain arrays ({e})") from None
-    if not isinstance(images, np.ndarray):  # numpy hands out a member that is no array as bytes
+    if bytes in (type(images), type(labels)):  # so numpy hands out a member that is no array
         raise InputError(f"{file} is not a readable .npz of plain arrays")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise InputError(f"{file}: images must be uint8 (N, H, W) or (N, H, W, C), not {images.dtype} {images.shape}")
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=-1)  # grey to RGB
-    if labels is not None:
-        labels = labels.reshape(len(labels), -1)
-        labels = labels[:, 0] if labels.shape[1] == 1 and len(labels) == len(images) else None  # several: no classes
+    if labels is not None:  # several for each image, or not one for each: no classes
+        labels = labels.reshape(-1) if labels.ndim and labels.size == len(labels) == len(images) else None
     return torch.from_numpy(images).permute(0, 3, 1, 2), labels, own
 
 
@@ -642,6 +641,16 @@ def load_encoder(file, strict=True, quiet=False):
     Raises InputError if a parameter of the ViT is missing or has another shape, unless strict=False.
     """
     found = load_checkpoint(file)
+    try:
+        return build_encoder(file, found, strict, quiet)
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:  # odd contents
+        raise InputError(f"{file} holds no ViT that can be built ({type(e).__name__}: {e})") from None
+
+
+def build_encoder(file, found, strict, quiet):
+    """load_encoder of what was found in the file."""
     config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls")
     if isinstance(found, dict) and isinstance(found.get("config"), dict):
         config.update(found["config"])
@@ -664,6 +673,9 @@ def load_encoder(file, strict=True, quiet=False):
         config.update(img_size=[side * patch] * 2, patch=patch, in_chans=in_chans, dim=dim, depth=depth, heads=heads)
         config.update(pos="learned", norm="norm.weight" in weights)
     keys = ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")
+    height, width, *sizes = [*config["img_size"], *(config[k] for k in keys[1:6])]
+    if not all(type(s) is int and s > 0 for s in (height, width, *sizes)) or config["dim"] % config["heads"]:
+        raise ValueError("sizes are " + ", ".join(f"{k} {config[k]}" for k in keys[:6]))
     vit = ViT(**{k: config[k] for k in keys})
     own = vit.state_dict()
     good = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
