@@ -88,7 +88,7 @@ def get_args(argv=None, presets=PRESETS, method="dino"):
         type=float,
         nargs=2,
         default=[0.04, 0.4],
-        help="but of biases and norms; from, to, by a cosine",
+        help="not of biases and norms; from, to, by a cosine",
     )
     add("--clip", type=float, default=3.0, help="gradient norm limit, 0: none (DINO: of each tensor; others: of all)")
     add("--prototypes", type=int, help="* K, outputs of the head; small data wants fewer")
@@ -147,7 +147,7 @@ def draw_views(batch, views, side, size, scale, blur, solarize, color, g):
     jitter = rand() < 0.8  # one coin for all four
     factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
     draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
-    draws |= dict(hue=factor(0.0, 0.1), gray=(rand() >= 0.2 * color).float())
+    draws |= dict(hue=factor(0.0, 0.1), gray=(rand() >= 0.2 * color).float())  # gray: 0 makes it grey
     sigma = 0.1 + 1.9 * rand()
     draws["sigma"] = sigma.where(rand() < torch.tensor(blur), 0.0)
     draws["solarize"] = rand() < color * torch.tensor(solarize)
@@ -250,8 +250,8 @@ def gaussian_blur(x, sigma, radius):
 def augment(imgs, draws, size, unit, mean, std):
     """uint8 (B, C, S, S) and draw_views' numbers -> normalised views (V·B, C, h, w), view by view.
 
-    unit: px of these views per px of a 224 px image, for blur. mean, std: (C, 1, 1), on the device. Colour operations
-    are left out unless there are three channels.
+    unit: px of these views per px of a 224 px image, for blur. mean, std: (C, 1, 1), on the device. Jitter and grey
+    need three channels, or are left out.
     """
     x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
     d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k != "box"}

@@ -14,7 +14,6 @@ process group is needed; images above 64 px are resized to 8/7 of the input and 
 
 import argparse
 import json
-import sys
 
 import numpy as np
 import torch
@@ -115,4 +114,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main() and None)
+    main()

@@ -85,7 +85,7 @@ def get_args(argv=None):
     add("--drop-path", type=float, default=0.1, help="stochastic depth, in training")
     add("--mixup", type=float, default=0.8, help="alpha of the Beta distribution of weights, 0: none")
     add("--smoothing", type=float, default=0.1, help="of labels: the share spread over all classes")
-    add("--weight-decay", type=float, default=0.05, help="but of biases and norms")
+    add("--weight-decay", type=float, default=0.05, help="not of biases and norms")
     args = p.parse_args(argv)
     if not args.checkpoint:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
@@ -486,4 +486,4 @@ def mean_over_processes(x):
 
 
 if __name__ == "__main__":
-    sys.exit(main() and None)
+    main()

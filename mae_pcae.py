@@ -100,7 +100,7 @@ def get_args(argv=None):
         type=float,
         nargs=2,
         default=[0.05, 0.05],
-        help="but of biases and norms; from, to, by a cosine",
+        help="not of biases and norms; from, to, by a cosine",
     )
     add("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], help="area of the crop, share of image")
     add("--reconstruct", nargs="+", metavar="IMAGE", help="draw what the run in --out makes of these files, and stop")
@@ -394,7 +394,7 @@ def shape_of(args, in_chans):
 
 
 def check_momentum(args, total):
-    """Warns when much of the random teacher would remain to the end (the published .9999: 37 % after 20,000 steps)."""
+    """Warns when much of the random teacher would remain to the end (.9999: 37 % after 20,000 steps)."""
     remains = math.exp(sum(math.log(max(1e-9, cosine(s, total, args.momentum, 1.0))) for s in range(total)))
     if remains > 0.1:
         print(f"warning: {remains:.0%} of the initial teacher would remain after {total} steps: lower --momentum")

@@ -19,12 +19,14 @@ place, so that it stays spatial.
 Differs from the authors' code:
 - Augmentation runs on the device, in batch: colour operations in a fixed order, no rounding to 8 bits in between,
   blur's sigma counted in pixels of a 224 px image. Images above 64 px come as random squares, --canvas px wide.
-- Block-wise masks: the last block is thinned at random to reach the exact count. Random masks work (theirs: disabled).
+- Block-wise masks: a block too many is thinned at random, what 12 blocks leave is drawn at random (theirs: redrawn up
+  to ten times, then the same). Random masks work (theirs: disabled).
 - The target network moves at the end of a step (theirs: at the beginning of the next; the first step aside, the same).
 - BatchNorm always uses the statistics of the batch at hand, and keeps none; they are global on CPUs too. With
   --accumulate they are those of a micro-batch (with --norm layer the result is that of the whole batch).
 - C is a mean over processes without need of a process group; no (tokens x tokens) matrix is built.
-- Linear layers start from a truncated normal of 0.02 (theirs: Xavier-uniform). Mean and std are those of the data.
+- Linear layers start from a truncated normal of 0.02, the frozen patch projection as nn.Conv2d does (theirs: all
+  Xavier-uniform, which is 1.7 times as wide for the patches of ViT-B/16). Mean and std are those of the data.
 - A non-finite gradient skips the step. --batch counts all processes and micro-batches.
 """
 
@@ -60,19 +62,19 @@ from vit import (
 
 # --------------------------------------------------------------------------------------------------- options, presets
 
-PRESETS = {  # chosen by the size of the images; "224" is the authors' ViT-B/16
+PRESETS = {  # chosen by the size of the images; "224" is the authors' ViT-B/16, for 400 epochs (theirs: 1600)
     "demo": dict(size="nano", patch=4, img_size=32, epochs=6, warmup=1, batch=64, lr=4e-3, decoder_dim=64,
                  decoder_heads=4, projector_depth=1, decoder_depth=2, crop_scale=[0.3, 1.0], color=0.0, momentum=0.98,
-                 neg_weight=0.24, drop_path=0.0),
+                 drop_path=0.0),
     "32": dict(size="tiny", patch=4, img_size=None, epochs=400, warmup=20, batch=512, lr=1e-3, decoder_dim=192,
                decoder_heads=6, projector_depth=2, decoder_depth=4, crop_scale=[0.2, 1.0], color=1.0, momentum=0.99,
-               neg_weight=0.08, drop_path=0.0),
+               drop_path=0.0),
     "96": dict(size="small", patch=8, img_size=96, epochs=400, warmup=20, batch=512, lr=5e-4, decoder_dim=384,
                decoder_heads=12, projector_depth=2, decoder_depth=4, crop_scale=[0.08, 1.0], color=1.0, momentum=0.99,
-               neg_weight=0.04, drop_path=0.0),
+               drop_path=0.0),
     "224": dict(size="base", patch=16, img_size=224, epochs=400, warmup=40, batch=4096, lr=6.25e-5, decoder_dim=768,
                 decoder_heads=16, projector_depth=2, decoder_depth=4, crop_scale=[0.08, 1.0], color=1.0,
-                momentum=0.995, neg_weight=0.02, drop_path=0.0),
+                momentum=0.995, drop_path=0.0),
 }  # fmt: skip
 ABLATIONS = ("same-view", "no-color", "global", "no-uniformity")
 
@@ -82,7 +84,7 @@ def get_args(argv=None):
     common_options(p, PRESETS)
     add = p.add_argument
     add("--mask", choices=("block", "random"), default="block", help="which patches of view a are hidden")
-    add("--mask-ratio", type=float, default=0.6, help="* share of the patches that the encoder does not see")
+    add("--mask-ratio", type=float, default=0.6, help="share of the patches that the encoder does not see")
     add("--norm", choices=("batch", "layer"), default="batch", help="in projector and decoder; batch: over all tokens")
     add("--train-patch-embed", action="store_true", help="else it stays as drawn, as published")
     add("--decoder-dim", type=int, help="* width of the decoder")
@@ -92,7 +94,7 @@ def get_args(argv=None):
     add(
         "--neg-weight",
         type=float,
-        help="* lambda, of the term that spreads predictions; 15 / --decoder-dim as published",
+        help="lambda, of the term that spreads predictions (15.36 / --decoder-dim, as published)",
     )
     add("--momentum", type=float, help="* of the teacher at the beginning, 1 at the end; short runs want less")
     add("--clip", type=float, default=1.0, help="gradient norm limit, 0: none (DINO: of each tensor; others: of all)")
@@ -102,13 +104,14 @@ def get_args(argv=None):
         type=float,
         nargs=2,
         default=[0.05, 0.05],
-        help="but of biases and norms; from, to, by a cosine",
+        help="not of biases and norms; from, to, by a cosine",
     )
     add("--crop-scale", type=float, nargs=2, help="* area of the crop, share of image")
     add("--color", type=float, help="* strength of jitter, grey and solarization; 1 as published")
     add("--blur", type=float, nargs=2, default=[1.0, 0.1], help="probability of blur, in view a and in view b")
     add("--ablate", choices=ABLATIONS, help="take a part of the method away, to see what it was there for")
     args = resolve(p.parse_args(argv), PRESETS, "siameseim")
+    args.neg_weight = 15.36 / args.decoder_dim if args.neg_weight is None else args.neg_weight
     n = math.prod(ViT.grid_of(args.img_size, args.patch))
     if not 0 <= round(n * args.mask_ratio) < n:
         raise InputError(f"--mask-ratio {args.mask_ratio} leaves none of {n} patches visible")
@@ -145,7 +148,7 @@ def draw_views(batch, views, side, size, scale, blur, solarize, color, g):
     jitter = rand() < 0.8  # one coin for all four
     factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
     draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
-    draws |= dict(hue=factor(0.0, 0.1), gray=(rand() >= 0.2 * color).float())
+    draws |= dict(hue=factor(0.0, 0.1), gray=(rand() >= 0.2 * color).float())  # gray: 0 makes it grey
     sigma = 0.1 + 1.9 * rand()
     draws["sigma"] = sigma.where(rand() < torch.tensor(blur), 0.0)
     draws["solarize"] = rand() < color * torch.tensor(solarize)
@@ -196,8 +199,8 @@ def places(box, flip, side, grid):
     are, as 10 ln of the ratio (authors' code): four (B, N).
 
     box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). side: of the image, px. With G patches
-    to a side, patch m of b, from y2 on and h2 high, has its centre at (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2 on a's
-    grid; so across, mirrored where one view is flipped and the other is not.
+    to a side, patch m of b, whose crop starts at y2 and is h2 high, has its centre on a's grid at
+    (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2; so across, mirrored where one view is flipped and the other is not.
     """
     y, x, h, w = (t[..., None] for t in box.unbind(-1))  # (B, 2, 1)
     side = torch.as_tensor(side, device=box.device).view(-1, 1)
@@ -284,8 +287,8 @@ def gaussian_blur(x, sigma, radius):
 def augment(imgs, draws, size, unit, mean, std):
     """uint8 (B, C, S, S) and draw_views' numbers -> normalised views (V·B, C, h, w), view by view.
 
-    unit: px of these views per px of a 224 px image, for blur. mean, std: (C, 1, 1), on the device. Colour operations
-    are left out unless there are three channels.
+    unit: px of these views per px of a 224 px image, for blur. mean, std: (C, 1, 1), on the device. Jitter and grey
+    need three channels, or are left out.
     """
     x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
     d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k != "box"}
@@ -416,8 +419,8 @@ def correlation(z):
 def siameseim_loss(pred, target, c, weight=0.02):
     """(|y - z|² + λ yᵀ C y) / D, mean over tokens: like its target, unlike all others (UniGrad, arXiv 2112.05141).
 
-    Were all targets one vector, the best loss would be λD / (1 + λD): that it is worth leaving depends on λD, which is
-    15 as published. With λ = .02 and D = 64 it is 1.3, and targets stay within a few percent of each other.
+    If all targets were one vector z, the best prediction was z / (1 + λD), its loss λD / (1 + λD), a bad place only if
+    λD is large. Published: 15. With λ = .02 and D = 64 it is 1.3, and targets stay within a few percent of each other.
     pred y, target z (B, N, D); c (D, D): correlation of the targets over the global batch. Returns the loss and its
     second term without λ.
     """
@@ -486,7 +489,7 @@ def show_pairs(net, imgs, draws, args, config, file, tile=96):
     """For each of imgs, uint8 (B, C, S, S): both boxes (a red, b blue), view a, what is visible of it, view b, and how
     well each position of b is predicted: cosine of prediction and target, black 0 or less, white 1.
     """
-    net.eval()  # no process waits for another here
+    net.eval()  # process 0 draws alone: BatchNorm must not wait for the others
     imgs, draws = imgs[: len(draws["flip"])], {k: v[: len(imgs)].to(imgs.device) for k, v in draws.items()}
     mean, std = (torch.tensor(config[k], device=imgs.device).view(-1, 1, 1) for k in ("mean", "std"))
     visible, box, side, (h, w) = draws.pop("visible"), draws["box"], imgs.shape[-1], net.grid
@@ -517,7 +520,7 @@ def shape_of(args, in_chans):
 
 
 def check_momentum(args, total):
-    """Warns when much of the random teacher would remain to the end (the published .9999: 37 % after 20,000 steps)."""
+    """Warns when much of the random teacher would remain to the end (.9999: 37 % after 20,000 steps)."""
     remains = math.exp(sum(math.log(max(1e-9, cosine(s, total, args.momentum, 1.0))) for s in range(total)))
     if remains > 0.1:
         print(f"warning: {remains:.0%} of the initial teacher would remain after {total} steps: lower --momentum")
@@ -547,7 +550,7 @@ def main(argv=None):
     if rank == 0:
         check_momentum(args, run.total)
     if args.compile:
-        net.compile()
+        net.compile(), net.target.compile()
 
     keys = batches(len(train), args.batch, run.first, run.stop, args.seed, rank, world)
     for step, imgs in run.steps(stream(train, keys, device, args.workers)):
