@@ -2,28 +2,29 @@
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, arXiv 2104.14294.
 
-    python dino.py                                      # embedded images, a laptop's CPU, minutes
+    python dino.py                                      # the images that come with it; minutes on a laptop
     python dino.py --data cifar10 --epochs 100          # downloads; or a folder of images, with or without classes
     torchrun --nproc-per-node=2 dino.py --data photos/  # several processes, the same batch
     python dino.py --ablate no-centering                # watch it collapse
-    python dino.py --attention cat.jpg                  # where the run above looks in a picture of yours
+    python dino.py --attention cat.jpg                  # where the first of these runs looks in a picture
 
 Measured: `python dino.py`, k-NN 67.0 ± 2.6 % (n = 3 seeds) in 3.7 minutes on 2 CPU cores; untrained 35.2, raw pixels
 25.1 (RESULTS.md).
 
 The idea. Two networks of one architecture see different crops of an image; the student is trained to match the
 teacher's distribution over K prototypes, and the teacher is an exponential moving average of the student. Small crops
-go to the student only, so it learns to tell the whole from a part. Two opposite forces prevent a constant output:
+go to the student only, so it learns to infer the whole from a part. Two opposite forces prevent a constant output:
 centring keeps any one prototype from winning always, sharpening keeps the distribution from becoming uniform.
 
 Differs from the authors' code:
 - Augmentation runs on the device, in batch: colour operations in a fixed order (torchvision draws the order for each
-  image), no rounding to 8 bits in between, blur's sigma counted in pixels of a 224 px image, kernel cut at 3 sigma.
-- Images above 64 px come as random squares, --canvas px wide, and crops are taken from these (theirs: from the image).
+  image), no rounding to 8 bits in between, a true Gaussian blur (Pillow's: box blurs), sigma in px of a 224 px image.
+- Images come as squares of --canvas px, at a random place if oblong, and crops are taken from these (theirs: from the
+  image).
 - Positions are interpolated to an explicit size (see vit.py); mean and std are those of the data at hand.
 - The last block computes the CLS token alone, as nothing else is read. The output is the same.
 - A non-finite gradient skips the step (theirs: a non-finite loss ends the run).
-- --batch counts all processes and micro-batches.
+- --batch counts all processes and micro-batches; precision is bf16 where the hardware has it (theirs: fp16).
 - The teacher's temperature warms up by the step (theirs: by the epoch).
 """
 
@@ -71,7 +72,7 @@ PRESETS = {  # chosen by the size of the images; "224" is the authors' 100 epoch
     "96": dict(size="small", patch=8, img_size=96, epochs=100, warmup=10, batch=256, lr=5e-4, prototypes=8192,
                hidden=2048, global_scale=[0.4, 1.0], local_crops=6, local_size=48, local_scale=[0.05, 0.4], color=1.0,
                momentum=0.996, center_momentum=0.9, teacher_temp=0.04, drop_path=0.1),
-    "224": dict(size="small", patch=16, img_size=224, epochs=100, warmup=10, batch=1024, lr=5e-4, prototypes=65536,
+    "224": dict(size="small", patch=16, img_size=224, epochs=100, warmup=10, batch=512, lr=5e-4, prototypes=65536,
                 hidden=2048, global_scale=[0.4, 1.0], local_crops=8, local_size=96, local_scale=[0.05, 0.4], color=1.0,
                 momentum=0.996, center_momentum=0.9, teacher_temp=0.04, drop_path=0.1),
 }  # fmt: skip
@@ -90,14 +91,14 @@ def get_args(argv=None, presets=PRESETS, method="dino"):
         default=[0.04, 0.4],
         help="not of biases and norms; from, to, by a cosine",
     )
-    add("--clip", type=float, default=3.0, help="gradient norm limit, 0: none (DINO: of each tensor; others: of all)")
+    add("--clip", type=float, default=3.0, help="gradient norm limit, 0: none (DINO, hybrid: of each tensor)")
     add("--prototypes", type=int, help="* K, outputs of the head; small data wants fewer")
     add("--hidden", type=int, help="* width of the head's hidden layers")
     add("--norm-last-layer", action=argparse.BooleanOptionalAction, default=True, help="unit prototypes: more stable")
     add("--freeze-last-layer", type=int, default=1, help="epochs in which prototypes stay fixed; more if loss rises")
     add("--local-crops", type=int, help="* small crops of an image, seen by the student only")
     add("--local-size", type=int, help="* their side, px")
-    add("--global-scale", type=float, nargs=2, help="* area of the two large crops, share of image")
+    add("--global-scale", type=float, nargs=2, help="* area of the two large crops, share of image; alone: .14 1")
     add("--local-scale", type=float, nargs=2, help="* area of the small crops, share of image")
     add("--color", type=float, help="* strength of jitter, grey and solarization; 1 as published")
     add("--momentum", type=float, help="* of the teacher at the beginning, 1 at the end; short runs want less")
@@ -105,8 +106,8 @@ def get_args(argv=None, presets=PRESETS, method="dino"):
     add("--center-momentum", type=float, help="* of the centre; less if one prototype wins and then another")
     add("--student-temp", type=float, default=0.1, help="temperature of the student's softmax")
     add("--teacher-temp", type=float, help="* of the teacher's; lower it if the loss stays at ln K")
-    add("--teacher-temp-start", type=float, help="the same in the first step, if another")
-    add("--teacher-temp-epochs", type=float, default=30, help="epochs from the one to the other, linear")
+    add("--teacher-temp-start", type=float, help="teacher's temperature in the first step (--teacher-temp)")
+    add("--teacher-temp-epochs", type=float, default=30, help="epochs from --teacher-temp-start to the other")
     add("--ablate", choices=ABLATIONS, help="take a part of the method away, to see what it was there for")
     add("--attention", nargs="+", metavar="IMAGE", help="draw what the run in --out looks at in these files, and stop")
     args = resolve(p.parse_args(argv), presets, method)
@@ -126,7 +127,7 @@ def draw_boxes(shape, side, scale, aspect, g):
     Area uniform in `scale`, log aspect ratio uniform in 3/4 to 4/3 (times that of the output); of ten tries the first
     that fits, else the whole image.
     """
-    area = side**2 * torch.empty(*shape, 10).uniform_(*scale, generator=g)
+    area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
     ratio = aspect * torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
@@ -362,7 +363,7 @@ def mse_loss(student, teacher, center, *temps):
 
 
 def infonce_loss(student, teacher, center, *temps):
-    """Contrast with the other images of the batch (temperature 0.1), as MoCo, in place of it (Table 7, row 8)."""
+    """InfoNCE (temperature 0.1) against the rest of a process's micro-batch, as MoCo, instead (Table 7, row 8)."""
     same = torch.arange(student.shape[1], device=student.device)
     return pairwise(student, teacher, center, temps, lambda s, t: F.cross_entropy(s @ t.T / 0.1, same))
 
@@ -428,9 +429,9 @@ def attention_files(args, device):
 
 
 def schedules(step, total, steps_per_epoch, args):
-    """Learning rate, weight decay, teacher momentum and temperature of a step (section 3.2): nothing to save."""
+    """Learning rate, weight decay, teacher momentum and temperature (section 3.2), from the step alone."""
     start = args.teacher_temp_start or args.teacher_temp
-    warm = min(1, step / max(1, args.teacher_temp_epochs * steps_per_epoch - 1))
+    warm = min(1, step / max(1, min(args.teacher_temp_epochs, args.epochs) * steps_per_epoch - 1))
     return (
         cosine(step, total, args.lr * args.batch / 256, args.min_lr, args.warmup * steps_per_epoch),
         cosine(step, total, *args.weight_decay),
@@ -440,8 +441,8 @@ def schedules(step, total, steps_per_epoch, args):
 
 
 def collapse(entropy, kl, prototypes):
-    """A named warning once the teacher's output no longer depends on the image (KL = 0, section 5.3), else None."""
-    if not kl <= 0.01 * math.log(prototypes):  # also where it is not a number: that step was skipped
+    """A named warning once the output hardly depends on the image (in a collapse KL is 0, section 5.3), else None."""
+    if not (kl <= 0.01 * math.log(prototypes) or entropy >= 0.999 * math.log(prototypes)):  # nan: a skipped step
         return None
     uniform = entropy > 0.5 * math.log(prototypes)
     kind = "uniform, lower --teacher-temp or --lr" if uniform else "one prototype, lower --center-momentum or --lr"
@@ -513,7 +514,7 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def seeded(seed, step):
-    """The CPU generator of all random numbers of a step: the same for any number of processes, workers and restarts."""
+    """The CPU generator of a step's random numbers, but drop path's: the same for any processes, workers, restarts."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
 
 

@@ -411,7 +411,7 @@ def draw_boxes(shape, side, scale, aspect, g):
     Area uniform in `scale`, log aspect ratio uniform in 3/4 to 4/3 (times that of the output); of ten tries the first
     that fits, else the whole image.
     """
-    area = side**2 * torch.empty(*shape, 10).uniform_(*scale, generator=g)
+    area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
     ratio = aspect * torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
@@ -458,7 +458,7 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def seeded(seed, step):
-    """The CPU generator of all random numbers of a step: the same for any number of processes, workers and restarts."""
+    """The CPU generator of a step's random numbers, but drop path's: the same for any processes, workers, restarts."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
 
 

@@ -2,7 +2,7 @@
 
 Park et al., "What Do Self-Supervised Vision Transformers Learn?", ICLR 2023, arXiv 2305.00729.
 
-    python hybrid.py                                 # embedded images, a laptop's CPU, minutes
+    python hybrid.py                                 # the images that come with it; minutes on a laptop
     python hybrid.py --weight 0.5 --data cifar10     # options of dino.py are also those of this script
     torchrun --nproc-per-node=2 hybrid.py --data photos/
 
@@ -12,9 +12,10 @@ and flips alone, the contrastive part its own coloured views; both gradients mee
 norms there (grad_mim and grad_cl, weighted), as w says little about who pulls harder.
 
 This file shows how to combine two method files: dino.py's and mae_pcae.py's models, losses and augmentation are called,
-not repeated. Differs from the paper's: DINO and MAE in place of MoCo v3 and SimMIM. Positions are learned, as DINO's:
-MAE's sine-cosine ones are larger than the patches at first, all images look alike (cosine of two CLS tokens 0.99, not
-0.94), and DINO's outputs become uniform before they tell anything apart (RESULTS.md).
+not repeated. Differs from the paper's: DINO and MAE in place of MoCo v3 and SimMIM; optimiser, schedules, clipping,
+drop path and read-out (the teacher's CLS) are DINO's. So are the learned positions: MAE's sine-cosine ones are larger
+than the patches at first, all images look alike (cosine of two CLS tokens 0.99, not 0.94), and DINO's outputs become
+uniform before they tell anything apart (RESULTS.md).
 """
 
 import argparse
@@ -27,7 +28,7 @@ import dino
 import mae_pcae
 from dino import augment, batches, dino_loss, ema_update, mean_over_processes, my_rows, split_rows
 from mae_pcae import crop_resize
-from vit import SIZES, InputError, Run, ViT, check_plan, cli, launch, load_splits, prepare, start_from, stream
+from vit import SIZES, InputError, Run, ViT, check_plan, cli, launch, load_splits, positive, prepare, start_from, stream
 
 PRESETS = {"demo": dict(epochs=8, lr=4e-3), "32": {}, "96": {}, "224": {}}  # over dino.py's
 
@@ -43,9 +44,9 @@ def get_args(argv=None):
     add("--weight", type=float, default=0.2, help="w in L = (1 - w) L_MIM + w L_CL, 0 to 1")
     add("--mask-ratio", type=float, help="* share of the patches that the encoder does not see")
     add("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="MAE: each patch's pixels standardised")
-    add("--decoder-dim", type=int, help="* width of the decoder")
-    add("--decoder-depth", type=int, help="* blocks of the decoder")
-    add("--decoder-heads", type=int, help="* attention heads of the decoder")
+    add("--decoder-dim", type=positive, help="* width of the decoder")
+    add("--decoder-depth", type=positive, help="* blocks of the decoder")
+    add("--decoder-heads", type=positive, help="* attention heads of the decoder")
     add("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], help="area of the crop, share of image")
     own, rest = p.parse_known_args(argv)
     args = dino.get_args(rest, {name: preset | PRESETS[name] for name, preset in dino.PRESETS.items()}, "hybrid")
@@ -63,7 +64,7 @@ def get_args(argv=None):
 
 def draw_all(args, step):
     """All random numbers of a step: MAE's crop, flip and noise, then DINO's global and local views."""
-    return mae_pcae.draw_numbers(args, step), *dino.draw_crops(args, step)
+    return mae_pcae.draw_numbers(args, step + 2**31), *dino.draw_crops(args, step)  # + 2**31: another generator
 
 
 def train_step(nets, teacher, center, update, imgs, draws, args, teacher_temp, momentum, mean, std, norms=False):
@@ -97,7 +98,7 @@ def train_step(nets, teacher, center, update, imgs, draws, args, teacher_temp, m
         parts = [(1 - w) * mim + w * cl, mim, cl, entropy]
         total += torch.stack([p.detach() for p in parts]) / args.accumulate
         batch_mean += t.mean(dim=(0, 1)) / args.accumulate
-    scale = update.scaler.get_scale()
+    scale = update.scaler.get_scale() if norms else 1  # in fp16 this waits for the device
     ok, norm = update.step(clip_each=args.clip)
     ema_update(teacher, nets["student"], (1 - momentum) * ok)
     moved = center.lerp(mean_over_processes(batch_mean), 1 - args.center_momentum)

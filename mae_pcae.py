@@ -4,17 +4,18 @@ MAE: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, a
 PCAE: Li et al., "Progressively Compressed Auto-Encoder for Self-supervised Representation Learning", ICLR 2023,
 openreview 8T4qmZbTkW7.
 
-    python mae_pcae.py                                        # MAE on the embedded images, a laptop's CPU, minutes
+    python mae_pcae.py                                        # MAE on the images that come with it; minutes on a laptop
     python mae_pcae.py --method pcae
     python mae_pcae.py --data cifar10 --epochs 400            # downloads; or a folder of images
     torchrun --nproc-per-node=2 mae_pcae.py --data photos/    # several processes, the same batch
-    python mae_pcae.py --reconstruct cat.jpg                  # what the run above makes of a picture of yours
+    python mae_pcae.py --reconstruct cat.jpg                  # what the first of these makes of a picture of yours
 
 Measured (n = 3 seeds): `python mae_pcae.py`, k-NN 69.8 ± 1.7 % in 2.7 minutes on 2 CPU cores; with --method pcae
 56.1 ± 1.2 % in 4.2; untrained 29.9, raw pixels 25.1 (RESULTS.md).
 
-The idea of MAE. Hide three quarters of the patches; the encoder sees only the rest, so it is cheap; a small decoder
-gets its output and a mask token for each hidden patch, and must paint what was there. Recognising makes that easier.
+The idea of MAE. Hide most patches (three quarters; half in the demo); the encoder sees only the rest, so it is cheap; a
+small decoder gets its output and a mask token for each hidden patch, and must paint what was there. Recognising what is
+seen makes that easier.
 
 The idea of PCAE. Predict features in place of pixels, those of a momentum encoder that sees exactly the patches the
 student does not. Tokens of an image are redundant: the momentum encoder drops, stage by stage, those most like the mean
@@ -23,11 +24,13 @@ token, whose content attention has by then spread to others. The student predict
 Differs from the authors' code:
 - Crops and flips run on the device, for the whole batch, without rounding to 8 bits; images above 64 px come as random
   squares, --canvas px wide. Mean and std are those of the data at hand.
-- The encoder's linear layers start from a truncated normal of 0.02, as in vit.py (theirs: Xavier-uniform, which the
-  decoder has here too: with small weights it takes long to look beyond positions).
+- The encoder's linear layers start from a truncated normal of 0.02, its patches from PyTorch's (theirs: Xavier-uniform,
+  which the decoder has here too: with small weights it takes long to look beyond positions). --norm-pix is on.
+- The decoder's last block computes the predicted places alone, as nothing else is read. The output is the same.
 - PCAE: the paper's criterion, cosine to the mean token (theirs: to the mean of unit vectors, --criterion unit). The
   teacher always starts as a copy of the student and moves once in an optimiser step (theirs: copied only when
   distributed, moved in every micro-batch). Predictions have the encoder's width (theirs: that of a patch's pixels).
+  No drop path, and never in the decoder (theirs: up to .25 in the encoder, .25 in every decoder block).
 - A non-finite gradient skips the step. --batch counts all processes and micro-batches.
 """
 
@@ -56,6 +59,7 @@ from vit import (
     launch,
     load_checkpoint,
     load_splits,
+    positive,
     prepare,
     read_square,
     resolve,
@@ -66,9 +70,9 @@ from vit import (
 
 # --------------------------------------------------------------------------------------------------- options, presets
 
-PRESETS = {  # chosen by the size of the images; "224" is the papers' ViT-B/16
+PRESETS = {  # chosen by the size of the images; "224": the defaults of the authors' code, for ViT-B/16
     "demo": dict(size="nano", patch=4, img_size=32, epochs=16, warmup=2, batch=64, lr=8e-3, mask_ratio=0.5,
-                 decoder_dim=64, decoder_depth=2, decoder_heads=4, drop_path=0.0, momentum=0.98, keep=0.5),
+                 decoder_dim=64, decoder_depth=2, decoder_heads=4, drop_path=0.0, momentum=0.998, keep=0.8),
     "32": dict(size="tiny", patch=4, img_size=None, epochs=400, warmup=20, batch=512, lr=1e-3, mask_ratio=0.75,
                decoder_dim=128, decoder_depth=4, decoder_heads=4, drop_path=0.0, momentum=0.996, keep=0.5),
     "96": dict(size="small", patch=8, img_size=96, epochs=400, warmup=20, batch=512, lr=3e-4, mask_ratio=0.75,
@@ -76,7 +80,7 @@ PRESETS = {  # chosen by the size of the images; "224" is the papers' ViT-B/16
     "224": dict(size="base", patch=16, img_size=224, epochs=400, warmup=40, batch=4096, lr=1.5e-4, mask_ratio=0.75,
                 decoder_dim=512, decoder_depth=8, decoder_heads=16, drop_path=0.0, momentum=0.9999, keep=0.5),
 }  # fmt: skip
-PCAE_PRESETS = {"demo": dict(epochs=24, batch=32, momentum=0.998, keep=0.8)}  # where it wants another than MAE
+PCAE_PRESETS = {"demo": dict(epochs=24, batch=32)}  # where it wants other values than MAE
 
 
 def get_args(argv=None):
@@ -86,14 +90,14 @@ def get_args(argv=None):
     add("--method", choices=METHODS, default="mae", help="mae: pixels; pcae: features of a momentum encoder")
     add("--mask-ratio", type=float, help="* share of the patches that the encoder does not see")
     add("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="MAE: each patch's pixels standardised")
-    add("--decoder-dim", type=int, help="* width of the decoder")
-    add("--decoder-depth", type=int, help="* blocks of the decoder")
-    add("--decoder-heads", type=int, help="* attention heads of the decoder")
-    add("--stages", type=int, nargs="*", help="PCAE: blocks after which tokens are dropped, from 0 (0, a third, two)")
+    add("--decoder-dim", type=positive, help="* width of the decoder")
+    add("--decoder-depth", type=positive, help="* blocks of the decoder")
+    add("--decoder-heads", type=positive, help="* attention heads of the decoder")
+    add("--stages", type=int, nargs="*", help="PCAE: blocks, from 0, to drop tokens after (0, 1/3, 2/3; empty: none)")
     add("--keep", type=float, help="* PCAE: share of the tokens that a stage keeps")
-    add("--criterion", choices=CRITERIA, default="mean", help="PCAE: what a token's redundancy is; random drops any")
+    add("--criterion", choices=CRITERIA, default="mean", help="PCAE: drops those most like the mean, or at random")
     add("--momentum", type=float, help="* of the teacher at the beginning, 1 at the end; short runs want less")
-    add("--clip", type=float, default=0.0, help="gradient norm limit, 0: none (DINO: of each tensor; others: of all)")
+    add("--clip", type=float, default=0.0, help="gradient norm limit, 0: none (DINO, hybrid: of each tensor)")
     add("--min-lr", type=float, default=0.0, help="learning rate at the end of its cosine")
     add(
         "--weight-decay",
@@ -108,10 +112,12 @@ def get_args(argv=None):
     differ = PCAE_PRESETS if args.method == "pcae" else {}
     args = resolve(args, {name: preset | differ.get(name, {}) for name, preset in PRESETS.items()}, args.method)
     n = math.prod(ViT.grid_of(args.img_size, args.patch))
-    if not 0 < int(n * (1 - args.mask_ratio)) < n or not 0 < args.keep <= 1:
-        raise InputError(
-            f"--mask-ratio {args.mask_ratio} leaves all or none of {n} patches visible (or --keep is not a share)"
-        )
+    if not 0 < int(n * (1 - args.mask_ratio)) < n:
+        raise InputError(f"--mask-ratio {args.mask_ratio} leaves all or none of {n} patches visible")
+    if not 0 < args.keep <= 1:
+        raise InputError(f"--keep {args.keep} is not a share of the tokens, above 0 and up to 1")
+    if any(not 0 <= i < SIZES[args.size]["depth"] for i in args.stages or ()):
+        raise InputError(f"--stages {args.stages}: blocks are numbered 0 to {SIZES[args.size]['depth'] - 1}")
     return args
 
 
@@ -124,7 +130,7 @@ def draw_boxes(shape, side, scale, aspect, g):
     Area uniform in `scale`, log aspect ratio uniform in 3/4 to 4/3 (times that of the output); of ten tries the first
     that fits, else the whole image.
     """
-    area = side**2 * torch.empty(*shape, 10).uniform_(*scale, generator=g)
+    area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
     ratio = aspect * torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
@@ -205,7 +211,7 @@ def standardise(x):
 
 
 class MAE(nn.Module):
-    """Encoder on visible patches, light decoder on all (MAE, Figure 1). forward gives the loss."""
+    """Encoder on visible patches, light decoder on all (MAE, Figure 1). shape: the ViT's arguments; args: options."""
 
     picture = "reconstruction.png"
 
@@ -214,10 +220,10 @@ class MAE(nn.Module):
         self.vit = ViT(**shape, pos=pos, drop_path=drop_path)
         self.patch, self.mask_ratio, self.norm_pix, dim = args.patch, args.mask_ratio, args.norm_pix, args.decoder_dim
         y, x = torch.meshgrid(*map(torch.arange, self.vit.grid), indexing="ij")
-        pos = F.pad(sincos(y.flatten(), x.flatten(), dim), (0, 0, 1, 0))[None]  # CLS: zeros
+        places = F.pad(sincos(y.flatten(), x.flatten(), dim), (0, 0, 1, 0))[None]  # CLS: zeros
         self.decoder_embed = Linear(self.vit.dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.decoder_pos_embed = nn.Parameter(pos, requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(places, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(dim, args.decoder_heads) for _ in range(args.decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = Linear(dim, out or args.patch**2 * shape["in_chans"])
@@ -235,13 +241,13 @@ class MAE(nn.Module):
         return self.vit.norm(x)
 
     def decode(self, latent, visible, wanted):
-        """Predicts the patches at `wanted` (B, m) from the encoded `visible` ones (B, 1+n, D): (B, m, out)."""
+        """latent (B, 1+n, D) of patches `visible` (B, n) -> predictions for patches `wanted` (B, m): (B, m, out)."""
         pos = self.decoder_pos_embed.expand(len(latent), -1, -1)
         here = torch.cat([pos[:, :1], take(pos[:, 1:], visible)], dim=1)
         x = torch.cat([self.mask_token + take(pos[:, 1:], wanted), self.decoder_embed(latent) + here], dim=1)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
-        x = self.decoder_blocks[-1](x, queries=wanted.shape[1])  # nothing else is read
+        x = self.decoder_blocks[-1](x, queries=wanted.shape[1])  # those come first; nothing else is read
         return self.decoder_pred(self.decoder_norm(x))
 
     def forward(self, imgs, noise):
@@ -265,7 +271,7 @@ CRITERIA = dict(  # redundancy of each token of x (B, N, D), as (B, N): the most
     unit=lambda x: (F.normalize(x, dim=-1) * F.normalize(x, dim=-1).mean(dim=1, keepdim=True)).sum(
         dim=-1
     ),  # the code's
-    random=lambda x: torch.rand(x.shape[:2], device=x.device),
+    random=lambda x: torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]),  # random_masking's random order
 )
 
 
@@ -300,7 +306,7 @@ class PCAE(MAE):
         return self.teacher.norm(x), left
 
     def forward(self, imgs, noise):
-        """1 - cosine of predicted and standardised teacher features. Returns loss, spread of prediction and target."""
+        """1 - cosine of prediction and standardised features. Returns loss, spread of prediction and of raw target."""
         visible, hidden = random_masking(noise, self.mask_ratio)
         target, left = self.compress(imgs, hidden)  # the teacher sees exactly what the student does not
         target = target.float()
@@ -317,7 +323,7 @@ METHODS = dict(mae=MAE, pcae=PCAE)
 
 
 def spread(x):
-    """Standard deviation over tokens and images, mean over entries: 0 in a collapse. (B, n, D) -> ()."""
+    """Std over tokens and images, mean over entries: 0 if all are alike, not if places differ. (B, n, D) -> ()."""
     return x.detach().flatten(0, 1).std(dim=0).mean()
 
 
@@ -343,7 +349,7 @@ def train_step(net, update, imgs, draws, args, momentum, mean, std):
 
 @torch.no_grad()
 def draw(net, x, config, file, tile=96):
-    """For each of x (B, C, h, w): MAE's masked, reconstructed, original image, or PCAE's surviving tokens by stage."""
+    """For each of x (B, C, h, w), MAE: masked, reconstructed, original; PCAE: original, visible, hidden, each stage."""
     net.eval()
     noise = torch.rand((len(x), math.prod(net.vit.grid)), generator=seeded(0, 0)).to(x.device)
     visible, hidden = random_masking(noise, net.mask_ratio)
@@ -394,8 +400,8 @@ def shape_of(args, in_chans):
 
 
 def check_momentum(args, total):
-    """Warns when much of the random teacher would remain to the end (.9999: 37 % after 20,000 steps)."""
-    remains = math.exp(sum(math.log(max(1e-9, cosine(s, total, args.momentum, 1.0))) for s in range(total)))
+    """Warns when much of the initial teacher would remain to the end (.9999: 37 % after 20,000 steps)."""
+    remains = math.prod(cosine(s, total, args.momentum, 1.0) for s in range(total))
     if remains > 0.1:
         print(f"warning: {remains:.0%} of the initial teacher would remain after {total} steps: lower --momentum")
 
@@ -461,7 +467,7 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def seeded(seed, step):
-    """The CPU generator of all random numbers of a step: the same for any number of processes, workers and restarts."""
+    """The CPU generator of a step's random numbers, but drop path's: the same for any processes, workers, restarts."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
 
 

@@ -2,7 +2,7 @@
 
 Tao et al., "Siamese Image Modeling for Self-Supervised Vision Representation Learning", CVPR 2023, arXiv 2206.01204.
 
-    python siameseim.py                                      # embedded images, a laptop's CPU, minutes
+    python siameseim.py                                      # the images that come with it; minutes on a laptop
     python siameseim.py --data cifar10 --epochs 400          # downloads; or a folder of images
     torchrun --nproc-per-node=2 siameseim.py --data photos/  # several processes, the same batch
     python siameseim.py --ablate same-view                   # what is the other view there for?
@@ -54,6 +54,7 @@ from vit import (
     common_options,
     launch,
     load_splits,
+    positive,
     resolve,
     sincos,
     start_from,
@@ -87,9 +88,9 @@ def get_args(argv=None):
     add("--mask-ratio", type=float, default=0.6, help="share of the patches that the encoder does not see")
     add("--norm", choices=("batch", "layer"), default="batch", help="in projector and decoder; batch: over all tokens")
     add("--train-patch-embed", action="store_true", help="else it stays as drawn, as published")
-    add("--decoder-dim", type=int, help="* width of the decoder")
-    add("--decoder-depth", type=int, help="* blocks of the decoder")
-    add("--decoder-heads", type=int, help="* attention heads of the decoder")
+    add("--decoder-dim", type=positive, help="* width of the decoder")
+    add("--decoder-depth", type=positive, help="* blocks of the decoder")
+    add("--decoder-heads", type=positive, help="* attention heads of the decoder")
     add("--projector-depth", type=int, help="* blocks between encoder and decoder; the target ends with them")
     add(
         "--neg-weight",
@@ -97,7 +98,7 @@ def get_args(argv=None):
         help="lambda, of the term that spreads predictions (15.36 / --decoder-dim, as published)",
     )
     add("--momentum", type=float, help="* of the teacher at the beginning, 1 at the end; short runs want less")
-    add("--clip", type=float, default=1.0, help="gradient norm limit, 0: none (DINO: of each tensor; others: of all)")
+    add("--clip", type=float, default=1.0, help="gradient norm limit, 0: none (DINO, hybrid: of each tensor)")
     add("--min-lr", type=float, default=0.0, help="learning rate at the end of its cosine")
     add(
         "--weight-decay",
@@ -127,7 +128,7 @@ def draw_boxes(shape, side, scale, aspect, g):
     Area uniform in `scale`, log aspect ratio uniform in 3/4 to 4/3 (times that of the output); of ten tries the first
     that fits, else the whole image.
     """
-    area = side**2 * torch.empty(*shape, 10).uniform_(*scale, generator=g)
+    area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
     ratio = aspect * torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
@@ -455,7 +456,7 @@ def train_step(net, update, imgs, draws, args, momentum, mean, std, loss_fn=siam
 
 
 def spread(x):
-    """Standard deviation over tokens and images, mean over entries: 0 in a collapse. (B, n, D) -> ()."""
+    """Std over tokens and images, mean over entries: 0 if all are alike, not if places differ. (B, n, D) -> ()."""
     return x.detach().flatten(0, 1).std(dim=0).mean()
 
 
@@ -520,8 +521,8 @@ def shape_of(args, in_chans):
 
 
 def check_momentum(args, total):
-    """Warns when much of the random teacher would remain to the end (.9999: 37 % after 20,000 steps)."""
-    remains = math.exp(sum(math.log(max(1e-9, cosine(s, total, args.momentum, 1.0))) for s in range(total)))
+    """Warns when much of the initial teacher would remain to the end (.9999: 37 % after 20,000 steps)."""
+    remains = math.prod(cosine(s, total, args.momentum, 1.0) for s in range(total))
     if remains > 0.1:
         print(f"warning: {remains:.0%} of the initial teacher would remain after {total} steps: lower --momentum")
 
@@ -585,7 +586,7 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def seeded(seed, step):
-    """The CPU generator of all random numbers of a step: the same for any number of processes, workers and restarts."""
+    """The CPU generator of a step's random numbers, but drop path's: the same for any processes, workers, restarts."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
 
 

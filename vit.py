@@ -1,10 +1,11 @@
 """A Vision Transformer, and the files around it: images in, weights and checkpoints in and out.
 
-This is the one file that every script imports. First half: the network (Dosovitskiy et al., arXiv 2010.11929; the
-pre-norm variant of DeiT and DINO). Second half: files. Parameter names are timm's, so weights travel both ways.
+This is the one file that every script imports: the network (Dosovitskiy et al., arXiv 2010.11929; the pre-norm variant
+of DeiT and DINO), then image files, checkpoints, and a run's folder. Parameter names are timm's, so weights travel.
 
 Letters in shape comments, here and in every script:
-    B images   C channels   V views   N patch tokens   D width   H heads   K prototypes   P patch   (h, w) grid
+    B images   C channels   V views   N patch tokens   D width   H heads   K prototypes   P patch
+    S side of a square image, px   (h, w) height and width: of images in px, of a grid in patches
 """
 
 import argparse
@@ -34,13 +35,14 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------- the network
 
-SIZES = {  # timm and DINO name them ViT-Ti, S, B, L; "nano" is the size for a CPU, "test" for tests
+SIZES = {  # timm and DINO name them ViT-Ti, S, B, L, H; "nano" is the size for a CPU, "test" for tests
     "test": dict(dim=32, depth=2, heads=2),
     "nano": dict(dim=128, depth=6, heads=4),
     "tiny": dict(dim=192, depth=12, heads=3),
     "small": dict(dim=384, depth=12, heads=6),
     "base": dict(dim=768, depth=12, heads=12),
     "large": dict(dim=1024, depth=24, heads=16),
+    "huge": dict(dim=1280, depth=32, heads=16),
 }
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)  # --precision
 
@@ -162,7 +164,7 @@ class ViT(nn.Module):
 
     Another image size than `img_size` is accepted if the patch divides it; positions are then interpolated (bicubic,
     to an explicit size, in fp32). DINO interpolates by a scale factor plus 0.1 patches, which samples slightly other
-    places: at such sizes CLS tokens differ by about 0.02. Raises InputError (a ValueError)
+    places: at such sizes entries of CLS differ by about 0.02. Raises InputError (a ValueError)
     where the patch does not divide the image. The pieces `embed`, `blocks` and `norm` can be called one by one.
     """
 
@@ -552,7 +554,7 @@ def stream(images, batches, device="cpu", workers=2):
         if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] // 4:
             pixels = pixels.to(device)  # the set itself lies on the device: a batch is an index
         for indices, _ in batches:
-            yield pixels[torch.as_tensor(indices, device=pixels.device)].to(device, non_blocking=True)
+            yield pixels[torch.as_tensor(indices).to(pixels.device, non_blocking=True)].to(device, non_blocking=True)
         return
     keys = (list(zip(i, u, strict=True)) for i, u in batches)
     if images.pixels is not None:
@@ -689,8 +691,9 @@ def build_encoder(file, found, strict, quiet):
             )
         if not config["norm"]:
             print("  this encoder has no final norm (SiameseIM): identity", file=sys.stderr)
+    missing += [k for k in extra if k.startswith("blocks.") and k not in own]  # such as LayerScale: another function
     if missing and strict:
-        raise InputError(f"{file}: {len(missing)} of {len(own)} tensors missing or of another shape: {missing[:4]}")
+        raise InputError(f"{file}: {len(missing)} tensors missing, of another shape or unknown: {missing[:4]}")
     vit.load_state_dict(good, strict=False)
     return vit.eval(), config
 
@@ -707,7 +710,7 @@ def common_options(p, presets):
     add("--epochs", type=positive, help="* length of the run; the schedules follow it")
     add("--steps", type=positive, help="stop after so many steps, counted from the run's beginning; schedules stay")
     add("--batch", type=positive, help="* images in an optimiser step, over all processes and micro-batches")
-    add("--accumulate", type=positive, default=1, help="micro-batches in a step: less memory, same result")
+    add("--accumulate", type=positive, default=1, help="micro-batches in a step: less memory; only drop path differs")
     add("--lr", type=float, help="* learning rate for batch 256; scaled with the batch")
     add("--warmup", type=float, help="* epochs in which the learning rate rises")
     add("--drop-path", type=float, help="* stochastic depth, in training")
@@ -850,7 +853,7 @@ def check_plan(args, n, world, rank):
 
 
 def start_from(file, parts, vit, config):
-    """--init: the encoder of a checkpoint, or those of `parts` that fit where it is a run of the same method."""
+    """--init: the encoder of a checkpoint, or all `parts` as far as they fit where it is a run of the same method."""
     state, (encoder, found) = load_checkpoint(file), load_encoder(file)
     differ = [k for k in ("patch", "in_chans", "dim", "depth", "heads", "norm") if found[k] != config[k]]
     if differ:
@@ -862,9 +865,10 @@ def start_from(file, parts, vit, config):
     if found.get("method") != config["method"]:
         return
     for name, part in parts.items():
-        new, old = (p if isinstance(p, dict) else {"": p} for p in (state_of(part), state.get(name)))
-        if all(k in old and old[k].shape == v.shape for k, v in new.items()):
-            restore(part, state[name])
+        new, old = (p if isinstance(p, dict) else {"": p} for p in (state_of(part), state.get(name, {})))
+        if any(k not in old or old[k].shape != v.shape for k, v in new.items()):
+            return  # all or none: a centre without its head would be noise
+        restore(part, state[name])
 
 
 def state_of(part):

@@ -319,12 +319,21 @@ def test_a_missing_tensor_is_refused_unless_told_otherwise():
     del weights["blocks.1.mlp.fc1.weight"]
     weights["norm.bias"] = torch.zeros(7)
     torch.save(weights, "x.pth")
-    with pytest.raises(vit.InputError, match=r"2 of \d+ tensors missing or of another shape.*fc1"):
+    with pytest.raises(vit.InputError, match="2 tensors missing, of another shape or unknown: .*fc1"):
         vit.load_encoder("x.pth")
     vit.load_encoder("x.pth", strict=False, quiet=True)
     torch.save({"head.weight": torch.zeros(3)}, "y.pth")
     with pytest.raises(vit.InputError, match="holds no ViT"):
         vit.load_encoder("y.pth")
+    torch.save(small().state_dict() | {"blocks.0.ls1.gamma": torch.ones(192)}, "z.pth")  # LayerScale: another function
+    with pytest.raises(vit.InputError, match="unknown: .*ls1.gamma"):
+        vit.load_encoder("z.pth")
+
+
+def test_a_foreign_vit_h_has_sixteen_heads():
+    shape = vit.SIZES["huge"] | dict(depth=1)
+    torch.save(vit.ViT(28, 14, **shape).state_dict(), "h.pth")
+    assert vit.load_encoder("h.pth", quiet=True)[1]["heads"] == shape["heads"] == 16
 
 
 class Bomb:

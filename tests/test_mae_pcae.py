@@ -189,9 +189,13 @@ def test_a_checkpoint_without_decoder_is_refused(npz, capsys):
     assert "has no decoder, so it cannot reconstruct" in line
 
 
-@pytest.mark.parametrize("more", [("--mask-ratio", 0), ("--mask-ratio", 0.99), ("--mask-ratio", 1), ("--keep", 0)])
-def test_masks_that_leave_nothing_are_refused(npz, capsys, more):
-    assert "leaves all or none of 16 patches" in fails(mae_pcae.main, tiny(*more, method="pcae"), capsys)
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [*(("--mask-ratio", v, "leaves all or none of 16 patches") for v in (0, 0.99, 1))]
+    + [("--keep", 0, "is not a share"), ("--keep", 2, "is not a share"), ("--stages", 9, "blocks are numbered 0 to 1")],
+)
+def test_masks_that_leave_nothing_are_refused(npz, capsys, option, value, words):
+    assert words in fails(mae_pcae.main, tiny(option, value, method="pcae"), capsys)
 
 
 def test_reconstruction_uses_the_options_of_its_run(npz, monkeypatch):

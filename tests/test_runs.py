@@ -195,9 +195,18 @@ def test_init_from_a_run_and_from_an_encoder(method, npz):
     for part in {"student", "net"} & a.keys():  # a teacher starts again as the student
         old, new = tensors(a[part]), tensors(b[part])
         assert all(torch.equal(old[k], new[k]) for k in old if not k.startswith(("/teacher", "/target")))
-    torch.save(a["encoder"], "bare.pt")
+    torch.save({k: a[k] for k in ("encoder", "config")}, "bare.pt")  # as the files in weights/ are
     SCRIPTS[method](tiny("--steps", 1, "--lr", 0, "--init", "bare.pt", out="third", method=method))
     assert same(a["encoder"], checkpoint("third")["encoder"]) == []
+    other = [
+        "--img-size",
+        24,
+        "--init",
+        "first/last.pt",
+    ]  # positions are interpolated, so the rest starts anew: all of it
+    SCRIPTS[method](tiny("--steps", 1, "--lr", 0, *other, out="fourth", method=method))
+    if "center" in a:
+        assert checkpoint("fourth")["center"].norm() < 0.5 * a["center"].norm()
 
 
 @pytest.mark.slow
