@@ -30,7 +30,7 @@ from dino import augment, batches, dino_loss, ema_update, mean_over_processes, m
 from mae_pcae import crop_resize
 from vit import SIZES, InputError, Run, ViT, check_plan, cli, launch, load_splits, positive, prepare, start_from, stream
 
-PRESETS = {"demo": dict(epochs=8, lr=4e-3), "32": {}, "96": {}, "224": {}}  # over dino.py's
+PRESETS = {"demo": dict(epochs=6, lr=4e-3), "32": {}, "96": {}, "224": {}}  # over dino.py's
 
 
 def get_args(argv=None):
