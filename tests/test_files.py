@@ -195,6 +195,20 @@ def test_classes_missing_in_one_split_are_numbered_alike():
     assert train.classes == test.classes == ["0", "1", "2", "3", "9"]
 
 
+def test_labels_of_one_class_and_a_class_without_images():
+    for name in ("cats", "dogs", "empty"):
+        os.makedirs(f"d/{name}")
+    for i in range(4):
+        save(f"d/cats/{i}.png")
+    assert vit.load_images("d", side=8, quiet=True).labels is None  # one class tells nothing apart
+    save("d/dogs/0.png")
+    assert vit.load_images("d", side=8, quiet=True).classes == ["cats", "dogs"]
+    x, _ = pictures(4)
+    np.savez("one.npz", train_images=x, train_labels=np.zeros(4), test_images=x, test_labels=np.zeros(4))
+    images = vit.load_images("one.npz")
+    assert images.classes == ["0.0"] and vit.knn(torch.eye(4), images.labels, torch.eye(4), images.labels)[20][0] == 100
+
+
 def test_links_that_lead_back_and_folders_that_cannot_be_read():
     save("a/x.png")
     os.symlink("..", "a/loop")
