@@ -110,9 +110,9 @@ def our_dino(args, device, mean, std):
 
 
 def our_hybrid(args, device, mean, std):
-    mae = mae_pcae.MAE(args.shape, args, args.drop_path)
+    mae = mae_pcae.MAE(args.shape, args, args.drop_path, pos="learned")
     nets = nn.ModuleDict(dict(mae=mae, student=dino.DINO(mae.vit, head_of(args)))).to(device)
-    teacher = dino.DINO(ViT(**args.shape, pos="sincos"), head_of(args)).to(device).requires_grad_(False)
+    teacher = dino.DINO(ViT(**args.shape), head_of(args)).to(device).requires_grad_(False)
     if args.compile:
         nets["mae"].compile(), nets["student"].compile(), teacher.compile()
     update, center = dino.Update([nets], device, args.precision), torch.zeros(args.prototypes, device=device)
