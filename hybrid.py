@@ -6,6 +6,9 @@ Park et al., "What Do Self-Supervised Vision Transformers Learn?", ICLR 2023, ar
     python hybrid.py --weight 0.5 --data cifar10     # options of dino.py are also those of this script
     torchrun --nproc-per-node=2 hybrid.py --data photos/
 
+Measured (n = 3 seeds): `python hybrid.py`, k-NN 64.3 ± 1.0 % in 6 minutes of one CPU core; untrained 35.2, raw pixels
+25.1 (RESULTS.md).
+
 The idea. L = (1 - w) L_MIM + w L_CL (Figure 12). Contrast shapes the later layers and finds what tells images apart,
 masking shapes the earlier ones and keeps what is where; a little of the one helps the other. The masked part sees crops
 and flips alone, the contrastive part its own coloured views; both gradients meet in the encoder. The log has their
