@@ -69,7 +69,8 @@ def tiny(*more, data="tiny.npz", batch=8, out="run", method="dino"):
 
 
 def log(out="run"):
-    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    """The rows written; a line still without its end is left out, for a reader can meet the writer at a page's edge."""
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines(True) if line.endswith("\n")]
 
 
 def losses(out="run"):
