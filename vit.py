@@ -663,7 +663,7 @@ def build_encoder(file, found, strict, quiet):
     for name, value in found.items() if isinstance(found, dict) else ():
         while PREFIXES.match(str(name)):
             name = PREFIXES.sub("", name)
-        if torch.is_tensor(value):
+        if torch.is_tensor(value) and not value.is_complex():
             weights[name] = value.float()
     if "pos_embed" not in weights or "patch_embed.proj.weight" not in weights:
         raise InputError(f"{file} holds no ViT: no pos_embed and patch_embed.proj.weight in it")
