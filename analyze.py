@@ -390,10 +390,17 @@ def curves(found):
 
 
 def draw_sheet(models, file, patch, grid):
-    """One picture: a panel for each measure, a line for each model, dotted: uniform attention, dashed: identity."""
+    """One picture: a panel for each measure, a line for each model. Grey: uniform attention, attention to itself.
+
+    A colour for each method, a dash for each of its models, so that seeds are seen as one.
+    """
     from matplotlib.figure import Figure
 
     lines = {name: curves(m["found"]) for name, m in models.items()}
+    methods, styles = [m["method"] for m in models.values()], {}
+    for i, name in enumerate(models):
+        color, dash = list(dict.fromkeys(methods)).index(methods[i]), methods[:i].count(methods[i]) % 4
+        styles[name] = dict(color=f"C{color}", linestyle=("-", "--", "-.", ":")[dash])
     panels = [p for p in next(iter(lines.values())) if any(curve[p] for curve in lines.values())]
     figure = Figure((20, 3.6 * math.ceil(len(panels) / 5)), layout="constrained")
     uniform = torch.full((1, 1, 1 + math.prod(grid), 1 + math.prod(grid)), 1.0)
@@ -402,14 +409,14 @@ def draw_sheet(models, file, patch, grid):
     for ax, panel in zip(axes, panels, strict=False):
         for name, curve in lines.items():
             if curve[panel]:
-                ax.plot(*zip(*curve[panel], strict=True), "o-", label=name, markersize=3)
+                ax.plot(*zip(*curve[panel], strict=True), marker="o", markersize=3, label=name, **styles[name])
         if panel in marks:
             ax.axhline(marks[panel], color="grey", linestyle=":", label="uniform attention")
             ax.axhline(0.0 if panel == panels[0] else 1.0, color="grey", linestyle="--", label="attention to itself")
         ax.set(title=panel, xlabel="frequency of the noise, Nyquist = 1" if "noise" in panel else "block")
     for ax in axes[len(panels) :]:
         ax.axis("off")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(file, dpi=70)
 
 
@@ -498,11 +505,13 @@ def main(argv=None):
         name = Path(file).stem if Path(file).stem != "last" else Path(file).parent.name
         name = name if name not in {*models, "untrained"} else str(file)
         kind = kind or SIDES.get(config.get("method"), "other")
-        models[name] = dict(kind=kind, found=measure_encoder(vit, config, sets, args, device))
+        method = config.get("method", name)
+        models[name] = dict(kind=kind, method=method, found=measure_encoder(vit, config, sets, args, device))
     vit, config = loaded[0][2:]
     torch.manual_seed(0)
     untrained = ViT(**vit.config)
-    models["untrained"] = dict(kind="untrained", found=measure_encoder(untrained, config, sets, args, device))
+    found = measure_encoder(untrained, config, sets, args, device)
+    models["untrained"] = dict(kind="untrained", method="untrained", found=found)
     for m in models.values():
         m["found"]["test"] = len(sets["test"])
     claims = verdicts(models, results)
