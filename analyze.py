@@ -189,18 +189,18 @@ def shape_or_texture(features, shapes, textures, k=20):
 def measure_images(vit, images, config, args, device):
     """Everything that is measured image by image: name -> (depth or depth+1, images), on the CPU.
 
-    Streams: at most one batch of maps and tokens is held. Depth 0 is the input of the first block. Tokens are those
-    before the final norm.
+    Streams: at most one batch of maps and tokens is held. The numbers are kept in lists: small tensors would lie among
+    the large ones and keep their memory from being given back. Depth 0 is the input of the first block. Tokens are
+    those before the final norm.
     """
     rows, grid = {}, ViT.grid_of(config["img_size"], vit.patch)
+
+    def note(depth, **values):
+        for name, v in values.items():
+            rows.setdefault(name, {}).setdefault(depth, []).extend(v.reshape(len(v), -1).mean(dim=1).tolist())
+
     for imgs in stream(images, in_order(images, args.batch), device, args.workers):
         x = vit.embed(prepare(imgs, config["img_size"], config["mean"], config["std"]))
-        found = {}
-
-        def note(depth, **values):
-            for name, v in values.items():
-                found.setdefault(name, {})[depth] = v.reshape(len(imgs), -1).mean(dim=1).cpu()  # noqa: B023
-
         for depth in range(len(vit.blocks) + 1):
             tokens = x[:, 1:].float()
             bins = fourier_log_amplitude(tokens, grid)
@@ -216,24 +216,25 @@ def measure_images(vit, images, config, args, device):
             if maps.shape[1] > 1:
                 note(depth + 1, heads=head_similarity(maps))
             x = block(x)
-        for name, by_depth in found.items():
-            for depth, v in by_depth.items():
-                rows.setdefault(name, {}).setdefault(depth, []).append(v)
-    return {name: {d: torch.cat(v) for d, v in by_depth.items()} for name, by_depth in rows.items()}
+    return {name: {d: torch.tensor(v) for d, v in by_depth.items()} for name, by_depth in rows.items()}
 
 
 @torch.no_grad()
 def features_by_depth(vit, images, config, args, device, noise=None):
     """Mean patch tokens of each block, through the final norm; last, the method's own read-out: depth+1 of (n, D)."""
-    out = []
+    out, done = [], 0
     for imgs in stream(images, in_order(images, args.batch), device, args.workers):
         x = prepare(imgs, config["img_size"], config["mean"], config["std"])
         if noise is not None:
             x = x + noise(x.shape).to(x)
         layers = vit.layers(x)
         own = layers[-1][:, 0] if config["feature"] == "cls" else layers[-1][:, 1:].mean(dim=1)
-        out.append([*(t[:, 1:].mean(dim=1) for t in layers), own])
-    return [torch.cat(t).float() for t in zip(*out, strict=True)]
+        found = [*(t[:, 1:].mean(dim=1) for t in layers), own]
+        out = out or [t.new_empty(len(images), t.shape[1], dtype=torch.float32) for t in found]  # one piece: see above
+        for all_of_depth, t in zip(out, found, strict=True):
+            all_of_depth[done : done + len(t)] = t
+        done += len(imgs)
+    return out
 
 
 def measure_encoder(vit, config, sets, args, device):
