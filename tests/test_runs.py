@@ -1,6 +1,7 @@
 """The contracts of a training run: resume, processes, micro-batches, signals, wrong input."""
 
 import functools
+import math
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import torch
 from conftest import FILES, checkpoint, command, fails, log, losses, networks, pictures, same, start, tensors, tiny
 
 import dino
+import hybrid
 import mae_pcae
 import siameseim
 import vit
@@ -38,6 +40,48 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(method, npz):
     main(tiny("--steps", 20, "--drop-path", 0.1, method=method))
     assert same(checkpoint("straight"), checkpoint()) == []
     assert [r["step"] for r in log() if "loss" in r] == sorted({r["step"] for r in log() if "loss" in r})
+
+
+FOLLOWS = {
+    "dino": (dino.main, "/teacher/", "/student/"),
+    "pcae": (mae_pcae.main, "/net/teacher.", "/net/vit."),
+    "siameseim": (siameseim.main, "/net/target.", "/net/online."),
+    "hybrid": (hybrid.main, "/teacher/", "/nets/student."),
+}
+
+
+@pytest.mark.parametrize("method", FOLLOWS)
+def test_the_teacher_begins_as_the_student_and_follows_it_by_momentum(method, npz):
+    """By the loop itself: equal while nothing learns; then t = m t + (1 - m) s, with m of that step."""
+    main, teacher, student = FOLLOWS[method]
+    small = "--decoder-dim 16 --decoder-depth 1 --decoder-heads 2".split() if method == "hybrid" else []
+
+    def run(out, *more):
+        main(tiny(*more, "--momentum", 0.5, *small, method=method, out=out))
+        found = tensors(checkpoint(out))
+        return [(v, found[student + k[len(teacher) :]]) for k, v in found.items() if k.startswith(teacher)]
+
+    still = run("still", "--lr", 0, "--steps", 2)
+    assert len(still) > 20 and all(torch.equal(t, s) for t, s in still)
+    before, after = (run("run", "--warmup", 0, "--steps", steps) for steps in (1, 2))
+    m = dino.cosine(1, 32, 0.5, 1.0)
+    for (t, _), (moved, s) in zip(before, after, strict=True):
+        torch.testing.assert_close(moved, m * t + (1 - m) * s, rtol=0, atol=1e-6)
+    assert sum(not torch.equal(a, b) for (_, a), (_, b) in zip(before, after, strict=True)) > 20
+
+
+@pytest.mark.parametrize("method", ["dino", "siameseim"])
+def test_gradients_are_clipped_as_the_paper_s_authors_do(method, npz, monkeypatch):
+    """DINO: each tensor's norm. SiameseIM: that of all together."""
+    norms = []
+
+    def step(adam):
+        norms.extend(p.grad.norm().item() for g in adam.param_groups for p in g["params"] if p.grad is not None)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    SCRIPTS[method](tiny("--steps", 1, "--clip", 1e-3, method=method))
+    largest, total = max(norms), math.hypot(*norms)
+    assert largest <= 1.01e-3 and (total > 3e-3 if method == "dino" else 0.9e-3 < total <= 1.01e-3)
 
 
 @dino_fast
