@@ -116,7 +116,7 @@ def test_what_learns_and_what_does_not(npz):
     assert net_and_args("--train-patch-embed")[0].online.vit.patch_embed["proj"].weight.requires_grad
 
 
-def test_what_is_hidden_comes_first_in_the_order(monkeypatch):
+def test_what_is_hidden_comes_first_in_the_order(npz, monkeypatch):
     args = net_and_args()[1]
     monkeypatch.setattr(siameseim, "block_order", lambda batch, grid, *_: torch.arange(16).expand(batch, 16))
     assert siameseim.draw_pairs(args, 0)["visible"][0].tolist() == [10, 11, 12, 13, 14, 15]
