@@ -98,7 +98,7 @@ def our_dino(args, device, mean, std):
     student, teacher = make(args.drop_path).to(device), make(0.0).to(device).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     if args.compile:
-        student.compile(), teacher.compile()
+        student.compile(dynamic=False), teacher.compile(dynamic=False)
     update, center = dino.Update([student], device, args.precision), torch.zeros(args.prototypes, device=device)
     update.set(1e-4, 0.04)
 
@@ -114,7 +114,7 @@ def our_hybrid(args, device, mean, std):
     nets = nn.ModuleDict(dict(mae=mae, student=dino.DINO(mae.vit, head_of(args)))).to(device)
     teacher = dino.DINO(ViT(**args.shape), head_of(args)).to(device).requires_grad_(False)
     if args.compile:
-        nets["mae"].compile(), nets["student"].compile(), teacher.compile()
+        nets["mae"].compile(dynamic=False), nets["student"].compile(dynamic=False), teacher.compile(dynamic=False)
     update, center = dino.Update([nets], device, args.precision), torch.zeros(args.prototypes, device=device)
     update.set(1e-4, 0.04)
 
@@ -133,7 +133,7 @@ def our_net(args, device, mean, std):
         script, make, draw = siameseim, siameseim.SiameseIM, lambda i: siameseim.draw_pairs(args, i)
     net = make(args.shape, args, args.drop_path).to(device)
     if args.compile:
-        net.compile()
+        net.compile(dynamic=False)
     update = script.Update([net], device, args.precision, betas=(0.9, 0.95))
     update.set(1e-4, 0.05)
 

@@ -147,7 +147,7 @@ def main(argv=None):
     parts = dict(nets=nets, teacher=teacher, center=center, update=update)
     run.begin(parts, teacher.vit, config, train, test, device)
     if args.compile:
-        nets["mae"].compile(), nets["student"].compile(), teacher.compile()
+        nets["mae"].compile(dynamic=False), nets["student"].compile(dynamic=False), teacher.compile(dynamic=False)
 
     keys = batches(len(train), args.batch, run.first, run.stop, args.seed, rank, world)
     for step, imgs in run.steps(stream(train, keys, device, args.workers)):

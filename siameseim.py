@@ -551,7 +551,7 @@ def main(argv=None):
     if rank == 0:
         check_momentum(args, run.total)
     if args.compile:
-        net.compile(), net.target.compile()
+        net.compile(dynamic=False), net.target.compile(dynamic=False)
 
     keys = batches(len(train), args.batch, run.first, run.stop, args.seed, rank, world)
     for step, imgs in run.steps(stream(train, keys, device, args.workers)):
