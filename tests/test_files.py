@@ -393,13 +393,14 @@ def seeds():
     save("seed.png", Image.fromarray(RED))
     save("seed.jpg", Image.fromarray(RED))
     np.savez("seed.npz", images=pictures(3)[0])
+    np.savez_compressed("packed.npz", images=pictures(3)[0])
     torch.save(small().state_dict(), "seed.pt")
-    return [Path(f"seed.{s}").read_bytes() for s in ("png", "jpg", "npz", "pt")]
+    return [Path(f).read_bytes() for f in ("seed.png", "seed.jpg", "seed.npz", "packed.npz", "seed.pt")]
 
 
 @fuzz
 @given(
-    kind=st.integers(0, 3),
+    kind=st.integers(0, 4),
     edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8),
     cut=st.one_of(st.just(1.0), st.floats(0, 1)),  # half of them whole
 )
@@ -409,12 +410,12 @@ def test_damaged_bytes(kind, edits, cut):
         seed[int(at * (len(seed) - 1))] = value
     data = bytes(seed[: max(1, int(cut * len(seed)))])
     os.makedirs("f", exist_ok=True)
-    file = Path("f", ("x.png", "x.jpg", "x.npz", "x.pt")[kind])
+    file = Path("f", ("x.png", "x.jpg", "x.npz", "x.npz", "x.pt")[kind])
     file.write_bytes(data)
     try:
         if kind < 2:
             vit.decode(str(file), 8)
-        elif kind == 2:
+        elif kind < 4:
             vit.load_images(str(file))
         else:
             vit.load_encoder(str(file), quiet=True)

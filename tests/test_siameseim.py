@@ -122,6 +122,21 @@ def test_what_is_hidden_comes_first_in_the_order(npz, monkeypatch):
     assert siameseim.draw_pairs(args, 0)["visible"][0].tolist() == [10, 11, 12, 13, 14, 15]
 
 
+def test_the_correlation_is_that_of_all_processes(npz, monkeypatch):
+    """By what stands for the other processes here: if it gives back 0, the second term of the loss is 0."""
+    net, args = net_and_args("--precision", "fp32")
+    imgs = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    mean, std, cpu = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.3), torch.device("cpu")
+
+    def second_term():
+        draws = siameseim.draw_pairs(args, 0)
+        return siameseim.train_step(net, siameseim.Update([net], cpu, "fp32"), imgs, draws, args, 0.9, mean, std)[1]
+
+    assert second_term() > 0.01
+    monkeypatch.setattr(siameseim, "mean_over_processes", torch.zeros_like)
+    assert second_term() == 0
+
+
 def test_target_follows_the_online_network(npz):
     siameseim.main(tiny("--steps", 3, "--lr", 0.5, "--momentum", 0.5, method="siameseim"))
     net = tensors(checkpoint()["net"])
