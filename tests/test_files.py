@@ -373,6 +373,13 @@ def test_saving_is_all_or_nothing():
     assert os.listdir() == ["x.pt"] and vit.load_checkpoint("x.pt")["a"].sum() == 3
 
 
+@pytest.mark.parametrize("content", [b"", b"(", b"\x80", b"PK", b"PK\x03\x04", b"\x80\x02}q\x00."])
+def test_a_checkpoint_of_a_few_bytes(content):
+    Path("x.pt").write_bytes(content)
+    with pytest.raises(vit.InputError, match="x.pt"):
+        vit.load_encoder("x.pt")
+
+
 def test_safetensors_carries_an_encoder_elsewhere():
     from safetensors.torch import load_file, save_file
 
