@@ -6,10 +6,10 @@
     python bench.py --rows mae pcae "pcae --mask-ratio 0.85" --size base --patch 16 --img-size 224 --batch 8
     python bench.py --rows dino "dino --batch 16" "dino --prototypes 65536" "dino --img-size 64"     # how cost grows
 
-A row is a method (dino, mae, pcae, siameseim, hybrid) with options of its script; options that this script does not
-know go to every row (--size, --batch, --compile, ...; preset 32 and batch 64 where nothing is said). --against adds the
-authors' row for the first method: a clone of facebookresearch/dino or mae, caddyless/PCAE, OpenGVLab/
-Siamese-Image-Modeling, or lightly-ai/lightly (DINO and MAE as in its examples), at the same shapes.
+A row is a method (dino, mae, pcae, siameseim, hybrid) with options of its script; options outside --rows that bench.py
+does not have itself go to every row (--size, --batch, --compile, ...; preset 32 and batch 64 where nothing is said).
+--against adds the authors' row of the first row's method, with its options: a clone of facebookresearch/dino or mae,
+caddyless/PCAE, OpenGVLab/Siamese-Image-Modeling, or lightly-ai/lightly (DINO and MAE as in its examples).
 
 Each row runs in processes of its own, in turn (A B A B ...), so that a machine that slows down slows all alike; a row's
 images/s is the median over all steps of all its turns. Ours is the script's own train_step on decoded uint8 images as
@@ -44,7 +44,21 @@ import dino
 import hybrid
 import mae_pcae
 import siameseim
-from vit import DTYPES, SIZES, Images, InputError, OneDNN, ViT, cli, in_order, launch, linear, peak_memory, stream
+from vit import (
+    DTYPES,
+    SIZES,
+    Images,
+    InputError,
+    OneDNN,
+    ViT,
+    cli,
+    in_order,
+    launch,
+    linear,
+    peak_memory,
+    positive,
+    stream,
+)
 
 
 def get_args(argv=None):
@@ -54,8 +68,8 @@ def get_args(argv=None):
     add = p.add_argument
     add("--rows", nargs="+", help="each a method with options of its script (dino, and dino --precision fp32)")
     add("--against", metavar="DIR", help="a clone of the authors' code, to time beside ours")
-    add("--steps", type=int, default=5, help="timed steps in a turn, after two that are not")
-    add("--turns", type=int, default=3, help="turns of each row")
+    add("--steps", type=positive, default=5, help="timed steps in a turn, after two that are not")
+    add("--turns", type=positive, default=3, help="turns of each row")
     add("--row", help=argparse.SUPPRESS)  # what a process started by this one measures
     args, args.rest = p.parse_known_args(argv)
     args.rows = args.rows or ["dino"]
@@ -67,7 +81,7 @@ def get_args(argv=None):
         name = next((name for name in theirs if name.split(",")[0] == first), None)
         if not name:
             raise InputError(f"--against {args.against} has no {first}: it is no clone of what --help names")
-        args.rows.append(f"authors {name}")
+        args.rows.append(f"authors {name}" + args.rows[0][len(first) :])  # with the first row's options
     for row in args.rows:
         run_args(row, args.rest)
     return args
@@ -79,12 +93,12 @@ def found(file, word):
 
 def run_args(row, rest):
     """The options of a row's script, resolved. A row: "mae --mask-ratio 0.85", or "authors mae"."""
-    method, *own = shlex.split(row.removeprefix("authors ").split(",")[0])
+    method, *own = shlex.split(row.removeprefix("authors ").replace(", lightly", ""))
     if method not in OURS:
         raise InputError(f"--rows {row}: begin with one of {', '.join(OURS)}")
     script, choose = OURS[method][0], ["--method", method] if method in mae_pcae.METHODS else []
     args = script.get_args(["--preset", "32", "--data", "demo.npz", "--batch", "64", *choose, *rest, *own])
-    args.canvas = args.img_size[0] if args.img_size[0] <= 64 else 2 * args.img_size[0]
+    args.canvas = args.img_size[0] if args.img_size[0] <= 64 else 2 * args.img_size[0]  # what the loader would give
     args.shape = dict(SIZES[args.size], img_size=args.img_size, patch=args.patch, in_chans=3)
     return args
 
@@ -255,10 +269,10 @@ def authors_dino(args, device):
     def net(drop_path):
         size = dict(embed_dim=shape["dim"], depth=shape["depth"], num_heads=shape["heads"], mlp_ratio=4, qkv_bias=True)
         size |= dict(img_size=[args.img_size[0]], patch_size=args.patch, norm_layer=norm, drop_path_rate=drop_path)
-        head = vits.DINOHead(shape["dim"], args.prototypes, norm_last_layer=True)
+        head = vits.DINOHead(shape["dim"], args.prototypes, norm_last_layer=True, hidden_dim=args.hidden)
         return utils.MultiCropWrapper(vits.VisionTransformer(**size), head).to(device)
 
-    student, teacher = net(0.1), net(0.0)
+    student, teacher = net(args.drop_path), net(0.0)
     teacher.load_state_dict(student.state_dict())
     for p in teacher.parameters():
         p.requires_grad = False
@@ -420,6 +434,7 @@ def measure(args):
     method = args.row.removeprefix("authors ")
     run.precision = run.precision if is_ours else "fp32"
     device, _, _ = launch(run)
+    run.precision = "fp16" if device.type == "cuda" and not is_ours else run.precision  # their autocast
     torch.manual_seed(0)
     if is_ours:
         script, make = OURS[method.split()[0]]
@@ -432,7 +447,7 @@ def measure(args):
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, rank=0, world_size=1)  # losses of DINO and SiameseIM need one
-        step = AUTHORS[method][2](run, device)
+        step = next(make for name, (_, _, make) in AUTHORS.items() if method.split(" --")[0] == name)(run, device)
     images = Images(pixels=torch.randint(0, 256, (run.batch, 3, run.canvas, run.canvas), dtype=torch.uint8))
     loader = stream(images, in_order(images, run.batch) * (2 * args.steps + 3), device, run.workers)
     cuda = device.type == "cuda"
@@ -468,10 +483,8 @@ def measure(args):
     ):
         step(0, next(loader))
     result["gmacs"] = count.get_total_flops() / 2e9 / run.batch
-    dtype = torch.float16 if cuda and not is_ours else DTYPES[run.precision]
-    result["mfu"] = (
-        result["gmacs"] * 1e9 * run.batch / statistics.median(result["times"]) / ceiling(device, dtype, wait)
-    )
+    most = ceiling(device, DTYPES[run.precision], wait)
+    result["mfu"] = result["gmacs"] * 1e9 * run.batch / statistics.median(result["times"]) / most
     print(json.dumps(result))
 
 
@@ -512,6 +525,7 @@ def main(argv=None):
         numbers = f"{line['images_per_s']:10.1f}{ms:9.1f}{line['memory_mib']:8.0f}{gmacs:9.3f}{line['mfu']:7.0%}"
         print(f"{row:{width}} {line['precision']:>10}{numbers}   {line['speed']:.2f}x  {line['memory']:.2f}x")
     ours = {row: line["phases_ms"] for row, line in result["rows"].items() if "phases_ms" in line}
+    width = max(width, len("share of a step"))
     print(f"\n{'share of a step':{width}} " + "".join(f"{name:>11}" for name in next(iter(ours.values()), ())))
     for row, phases in ours.items():
         print(f"{row:{width}} " + "".join(f"{t / sum(phases.values()):11.1%}" for t in phases.values()))

@@ -8,16 +8,19 @@ head the patches that hold 60 % of the mass, against the mask of everything that
 the best head of each image, mean over images. Beside it the same of an untrained network. DINO on VOC12: 45.9, random
 22.0.
 
-Read-out: a linear layer (batch-normalised input, as in eval_linear.py) on the patch tokens after each block predicts
-the commonest class of the patch; its patches, enlarged, against the mask: IoU of every class in an image, mean over
-these and then over images. Trained on the training images, or on nine of ten pairs where there is one folder.
+Read-out: a linear layer (batch-normalised input, as in eval_linear.py; SGD, one rate for all blocks, not tuned) on the
+patch tokens after each block predicts the commonest class of the patch; its patches, enlarged, against the mask: IoU of
+every class in an image, mean over these and then over images. Trained on the training images, or on nine of ten pairs
+where there is one folder.
 
-Masks: palette or grey PNG files whose values are classes, 0 background, 255 left out. Images and masks are resized
-and cropped alike. Ours throughout where the paper gives no protocol (it reports no linear read-out).
+Masks: palette or grey PNG files whose values are classes, 0 background, 255 left out; masks/a/x.png is that of
+images/a/x.jpg, upright as the image is shown. Both are resized and cropped alike. Ours throughout where the paper gives
+no protocol (it reports no linear read-out).
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +41,7 @@ from vit import (
     list_images,
     load_encoder,
     load_images,
+    positive,
     prepare,
     spaced,
     square,
@@ -50,8 +54,8 @@ def get_args(argv=None):
     add("checkpoint", nargs="?", help="last.pt of a run, a file of weights/, or the authors' weights")
     add("--data", default="demo.npz", help="demo.npz, or a folder with images/ and masks/")
     add("--mass", type=float, default=0.6, help="share of the attention that the mask of a head holds")
-    add("--pairs", type=int, default=1000, help="at most so many images and masks to train on, and to test on")
-    add("--img-size", type=int, help="input of the network, px (what the checkpoint says)")
+    add("--pairs", type=positive, default=1000, help="at most so many images and masks to train on, and to test on")
+    add("--img-size", type=positive, help="input of the network, px (what the checkpoint says)")
     add("--device", help="cuda, mps or cpu (the first that is there)")
     p.set_defaults(precision="fp32")
     args = p.parse_args(argv)
@@ -77,14 +81,18 @@ def load_pairs(data, side, count):
         return out
     if not (path / "images").is_dir() or not (path / "masks").is_dir():
         raise InputError(f"--data {data}: no folder with images/ and masks/ (nor demo.npz)")
-    masks = {Path(f).stem: f for f in list_images(path / "masks")}
-    pairs = [(f, masks[Path(f).stem]) for f in list_images(path / "images") if Path(f).stem in masks]
+    named = lambda kind: {os.path.splitext(os.path.relpath(f, path / kind))[0]: f for f in list_images(path / kind)}
+    images, masks = named("images"), named("masks")
+    pairs = [(f, masks[name]) for name, f in images.items() if name in masks]
     if not pairs:
-        raise InputError(f"no file in {path / 'images'} has a mask of the same name in {path / 'masks'}")
+        raise InputError(f"no file in {path / 'images'} has a mask of the same folder and name in {path / 'masks'}")
     read, skipped = [], 0
     for image, mask in [pairs[i] for i in spaced(len(pairs), count + max(1, count // 9))]:
         try:
-            read.append((square(decode(image, side)), square(read_mask(mask, side))))
+            x, m = decode(image, side), read_mask(mask, side)
+            if max(abs(a - b) for a, b in zip(x.shape[1:], m.shape, strict=True)) > 2:  # two for rounding
+                raise ValueError("its mask has another shape: turned?")
+            read.append((square(x), square(m)))
         except BROKEN as e:
             skipped += 1
             print(f"skipped {image} ({type(e).__name__}: {e})", file=sys.stderr)
@@ -151,8 +159,8 @@ def by_block(vit, imgs, config, device):
 
 def patch_labels(masks, grid, classes):
     """The commonest class of each patch, (n, S, S) -> (n, N); 255 where every pixel is left out."""
-    count = F.one_hot(masks.where(masks < classes, classes), classes + 1)[..., :classes].float()
-    count = F.adaptive_avg_pool2d(rearrange(count, "b y x c -> b c y x"), grid).flatten(2)
+    share = lambda c: F.adaptive_avg_pool2d((masks == c).float(), grid).flatten(1)
+    count = torch.stack([share(c) for c in range(classes)], dim=1)
     return count.argmax(dim=1).where(count.sum(dim=1) > 0, 255)
 
 
@@ -191,13 +199,21 @@ def main(argv=None):
     if config["in_chans"] != 3:
         raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, the images here have 3")
     pairs = load_pairs(args.data, config["img_size"][0], args.pairs)
-    classes = 1 + max(int(m.where(m != 255, 0).max()) for _, m in pairs.values())
+    values = torch.cat([torch.zeros(1).long(), *(m.unique() for _, m in pairs.values())]).unique()
+    values = values[values != 255]
+    pairs = {s: (x, torch.searchsorted(values, m).where(m != 255, 255)) for s, (x, m) in pairs.items()}  # 0, 1, 2, ...
+    classes = len(values)
+    if classes > 255:
+        raise InputError(f"--data {args.data}: {classes} different values in the masks: classes are meant, 255 at most")
     if classes == 1:
         raise InputError(f"--data {args.data}: nothing but 0 in the masks (255 is left out: mark the object with 1)")
     grid = ViT.grid_of(config["img_size"], vit.patch)
     labels = torch.cat([patch_labels(m, grid, classes) for m in pairs["train"][1].split(50)]).flatten().to(device)
     torch.manual_seed(0)
-    nets = {"untrained": ViT(**vit.config).to(device).eval(), "trained": vit.to(device)}
+    nets = {
+        "untrained": ViT(**vit.config | dict(img_size=config["img_size"])).to(device).eval(),
+        "trained": vit.to(device),
+    }
     result = dict(checkpoint=str(args.checkpoint), method=config.get("method"), data=args.data, classes=classes)
     error = lambda v: round(100 * (v.std() / len(v) ** 0.5).item(), 2) if len(v) > 1 else 0.0
     for name, net in nets.items():

@@ -6,20 +6,23 @@
 
 A test image is labelled by its k nearest training images, cosine similarity s, each voting with exp(s / T), T = 0.07
 (Wu et al., arXiv 1805.01978; DINO, arXiv 2104.14294, appendix F.1). Measured for the CLS token, the mean patch token,
-and two yardsticks that a trained encoder should beat: raw centred pixels, and the same network untrained.
+and two yardsticks that a trained encoder should beat: raw pixels (standardised by channel, at most 32 x 32 of them),
+and the same network untrained. A network of up to 64 px gets the whole image, a larger one its middle 7/8, as the
+authors' does.
 
 Differs from the authors' code: any number of test images and classes, k is at most the number of training images, no
-process group is needed; images above 64 px are resized to 8/7 of the input and cropped in the middle, as 256 to 224.
+process group is needed.
 """
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from vit import DTYPES, InputError, ViT, cli, features, knn, launch, load_encoder, load_labelled
+from vit import DTYPES, InputError, ViT, cli, features, knn, launch, load_encoder, load_labelled, positive
 
 
 def get_args(argv=None):
@@ -27,10 +30,10 @@ def get_args(argv=None):
     add = p.add_argument
     add("checkpoint", nargs="?", help="last.pt of a run, a file of weights/, or the authors' weights")
     add("--data", help="demo.npz, any .npz, cifar10, cifar100, or a folder of images (what the run was trained on)")
-    add("--k", type=int, nargs="+", default=[1, 5, 10, 20, 100, 200], help="numbers of neighbours")
+    add("--k", type=positive, nargs="+", default=[1, 5, 10, 20, 100, 200], help="numbers of neighbours")
     add("--temperature", type=float, default=0.07, help="of the votes")
-    add("--img-size", type=int, help="input of the network, px (what the checkpoint says)")
-    add("--batch", type=int, default=256, help="images at a time")
+    add("--img-size", type=positive, help="input of the network, px (what the checkpoint says)")
+    add("--batch", type=positive, default=256, help="images at a time")
     add("--workers", type=int, default=2, help="processes that decode images, where a set does not fit in memory")
     add("--device", help="cuda, mps or cpu (the first that is there)")
     add(
@@ -39,10 +42,14 @@ def get_args(argv=None):
         default="fp32",
         help="auto: bf16 if the hardware has it",
     )
-    add("--dump", metavar="FILE", help="write features and labels to this .npz")
+    add("--dump", metavar="FILE", help="write train_cls, train_mean, train_labels, test_..., classes to this .npz")
     args = p.parse_args(argv)
     if not args.checkpoint:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
+    if args.temperature <= 0:
+        raise InputError(f"--temperature {args.temperature} is not above 0")
+    if args.dump and not Path(args.dump).absolute().parent.is_dir():
+        raise InputError(f"--dump {args.dump}: no such folder")
     return args
 
 
@@ -75,32 +82,46 @@ def main(argv=None):
     sets = load_labelled(args, config, side, rank, world, "k-NN")
     labels = {s: x.labels.to(device) for s, x in sets.items()}
 
+    ks = sorted({min(k, len(labels["train"])) for k in args.k})
     torch.manual_seed(0)
-    untrained = ViT(**vit.config | dict(img_size=config["img_size"])).eval().to(device)
-    encoders = dict(pixels=(None, "mean"), untrained=(untrained, config["feature"]), trained=(vit.to(device), "both"))
-    dtype = DTYPES[args.precision]
-    result, dump, share = {}, {}, slice(rank, None, world)
-    for name, (net, feature) in encoders.items():
-        x = {}
+    untrained = ViT(**vit.config | dict(img_size=config["img_size"])).eval()
+
+    def vectors(net, feature):
+        """Of all images, by split. Each process encodes its share of them."""
+        if net is not None:
+            net.to(device)
+        out = {}
         for split, images in sets.items():
             mine = images.pick(range(rank, len(images), world))
-            found = features(net, mine, dict(config, feature=feature), device, dtype, args.batch, args.workers)
-            x[split] = gathered(found, len(images))
-        rows = {name: x}
-        if name == "trained":  # one pass gives both read-outs
-            rows = {row: {s: v.chunk(2, dim=1)[i] for s, v in x.items()} for i, row in enumerate(("cls", "mean"))}
-            dump = {f"{s}_{row}": v.float().cpu().numpy() for row, x in rows.items() for s, v in x.items()}
-        for row, x in rows.items():
-            hits = knn(x["train"], labels["train"], x["test"][share], labels["test"][share], args.k, args.temperature)
-            counts = torch.tensor([hits[k][0] for k in args.k], dtype=torch.float64) * len(labels["test"][share])
-            if dist.is_initialized():
-                dist.all_reduce(counts := counts.to(device))
-            result[row] = {k: round(v, 3) for k, v in zip(args.k, (counts / len(labels["test"])).tolist(), strict=True)}
+            how = (device, DTYPES[args.precision], args.batch, args.workers)
+            out[split] = gathered(features(net, mine, dict(config, feature=feature), *how), len(images))
+        return out
+
+    def rows():
+        yield "pixels", vectors(None, "mean")
+        yield "untrained", vectors(untrained, config["feature"])
+        both = vectors(vit, "both")  # one pass gives both read-outs
+        for i, row in enumerate(("cls", "mean")):
+            yield row, {s: v.chunk(2, dim=1)[i] for s, v in both.items()}
+
+    def accuracy(x):
+        """{k: percent}. Each process finds the neighbours of its share of the test images."""
+        share = slice(rank, None, world)
+        hits = knn(x["train"], labels["train"], x["test"][share], labels["test"][share], ks, args.temperature)
+        right = torch.tensor([hits[k][0] for k in ks], dtype=torch.float64) * len(labels["test"][share])
+        if dist.is_initialized():
+            dist.all_reduce(right := right.to(device))
+        return {k: round(v, 3) for k, v in zip(ks, (right / len(labels["test"])).tolist(), strict=True)}
+
+    result, dump = {}, {}
+    for row, x in rows():
+        result[row] = accuracy(x)
+        if args.dump and row in ("cls", "mean"):
+            dump |= {f"{s}_{row}": v.float().cpu().numpy() for s, v in x.items()}
     if rank == 0:
-        width = max(map(len, result))
-        print(f"{'top-1, %':>{width}}" + "".join(f"  k={k:<5}" for k in args.k))
+        print(f"{'top-1, %':>9}" + "".join(f"{f'k={k}':>8}" for k in ks))
         for row, by_k in result.items():
-            print(f"{row:>{max(width, 8)}}" + "".join(f"{v:8.2f}" for v in by_k.values()))
+            print(f"{row:>9}" + "".join(f"{v:8.2f}" for v in by_k.values()))
         if args.dump:
             dump |= {f"{s}_labels": v.cpu().numpy() for s, v in labels.items()}
             with open(args.dump, "wb") as f:

@@ -9,9 +9,9 @@
     torchrun --nproc-per-node=2 eval_linear.py runs/dino-demo/last.pt
 
 Probe: BatchNorm without affine, then one linear layer (MAE, arXiv 2111.06377, appendix A.1); a head for each learning
-rate, all trained side by side on the same features, the rate chosen on a tenth of the training images, and that head
-trained again on all of them. The test images are read once. Fine-tuning: AdamW, learning rates that fall with depth
-(layer decay), crops, flips, mixup, label smoothing, drop path; MAE's appendix A.1 and A.2.
+rate, all trained side by side on the same features, the rate chosen on a tenth of the training images (more of very
+small sets), and that head trained again on all of them. The test images are read once. Fine-tuning: AdamW, learning
+rates that fall with depth (layer decay), crops, flips, mixup, label smoothing, drop path; MAE's appendix A.1 and A.2.
 
 Token dropping (PCAE, ICLR 2023, Table 5): inside three blocks, evenly spaced (blocks 3, 6, 9 of 12, counted from 0),
 between attention and MLP, a share of the patch tokens goes: those most similar to their mean. CLS always stays, means
@@ -51,6 +51,11 @@ from vit import (
     stream,
 )
 
+RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
+PROBE = ("layers", "augment", "rates")
+FINETUNE = ("scratch", "drop_ratio", "lr", "layer_decay", "drop_path", "mixup", "smoothing", "weight_decay")
+SHARES = ("drop_ratio", "drop_path", "smoothing")
+
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,7 +66,7 @@ def get_args(argv=None):
     add("--labels", type=float, default=1.0, help="share of the training images that is used: fixed, evenly by class")
     add("--epochs", type=positive, help="length of the run; the schedules follow it")
     add("--batch", type=positive, default=256, help="images in an optimiser step, over all processes")
-    add("--img-size", type=int, help="input of the network, px (what the checkpoint says)")
+    add("--img-size", type=positive, help="input of the network, px (what the checkpoint says)")
     add("--workers", type=int, default=2, help="processes that decode images, where a set does not fit in memory")
     add("--device", help="cuda, mps or cpu (the first that is there)")
     add(
@@ -75,10 +80,16 @@ def get_args(argv=None):
     add = p.add_argument_group("probe (90 epochs)").add_argument
     add("--layers", type=positive, default=1, help="the features of so many last blocks, side by side")
     add("--augment", action="store_true", help="new crops and flips in each epoch; features are then not kept: slower")
-    add("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0], help="learning rates tried")
+    add(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=RATES,
+        help="learning rates tried, for batch 256; scaled with the batch",
+    )
     add = p.add_argument_group("fine-tuning (100 epochs)").add_argument
     add("--finetune", action="store_true", help="train the whole network, not only a linear layer")
-    add("--scratch", action="store_true", help="from random weights: the checkpoint tells the shape only")
+    add("--scratch", action="store_true", help="from random weights: the checkpoint tells shape, data and read-out")
     add("--drop-ratio", type=float, default=0.0, help="share of the patch tokens dropped at each of 3 stages")
     add("--lr", type=float, default=1e-3, help="learning rate for batch 256; scaled with the batch")
     add("--layer-decay", type=float, help="each block's learning rate over that of the next (0.75; from scratch 1)")
@@ -89,10 +100,14 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if not args.checkpoint:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
-    if not 0 <= args.drop_ratio < 1 or not 0 < args.labels <= 1:
-        raise InputError("--drop-ratio must be in [0, 1), --labels in (0, 1]")
-    if not args.finetune and (args.scratch or args.drop_ratio):
-        raise InputError("--scratch and --drop-ratio belong to --finetune: add it")
+    foreign = PROBE if args.finetune else FINETUNE
+    if foreign := [f"--{name.replace('_', '-')}" for name in foreign if getattr(args, name) != p.get_default(name)]:
+        raise InputError(f"{', '.join(foreign)}: of {'the probe alone' if args.finetune else '--finetune; add it'}")
+    shares = [f"--{name.replace('_', '-')}" for name in SHARES if not 0 <= getattr(args, name) < 1]
+    if shares or not 0 < args.labels <= 1:
+        raise InputError(f"{shares[0]} must be in [0, 1)" if shares else "--labels must be in (0, 1]")
+    if args.seed < 0 or args.mixup < 0 or (args.layer_decay is not None and args.layer_decay <= 0):
+        raise InputError("--seed and --mixup must be 0 or more, --layer-decay more than 0")
     args.epochs = args.epochs or (100 if args.finetune else 90)
     args.layer_decay = args.layer_decay or (1.0 if args.scratch else 0.75)
     return args
@@ -173,14 +188,16 @@ def probe(args, vit, sets, config, device, rank, world):
             yield torch.cat(every(found)), y[index]
 
     def fit(n, rates):
-        batch = max(1, min(args.batch, n) // world) * world
+        batch = min(args.batch, n) // world * world
+        if batch < 2:
+            raise InputError(f"{n} training images, --batch {args.batch}: BatchNorm needs two in a batch")
         total = args.epochs * (n // batch)
         return train_heads(pairs(n, batch, total), total, test_x.shape[1], len(train.classes), rates, batch, device)
 
     test_x, x = all_features(test), None if args.augment else all_features(train)
     tried, n = {}, len(train)
-    kept = n - max(n // 10, min(len(train.classes), n // 2))  # at least an image a class, if they go round
-    if kept < n and len(args.rates) > 1:
+    kept = n - max(n // 10, min(len(train.classes), n // 2))  # a tenth, but as many as classes, and at most half
+    if 1 < kept < n and len(args.rates) > 1:
         held = all_features(train.pick(range(kept, n))) if x is None else x[kept:]
         tried = dict(zip(args.rates, accuracies(fit(kept, args.rates)(held), y[kept:]), strict=True))
     rate = max(tried, key=tried.get) if tried else args.rates[len(args.rates) // 2]
@@ -228,7 +245,7 @@ def stages_of(depth):
 
 
 class Classifier(nn.Module):
-    """A ViT, its read-out (CLS or mean patch token) and a linear layer. ratio: tokens dropped at each stage."""
+    """A ViT, its read-out (CLS, mean patch token, or both) and a linear layer. ratio: tokens dropped at each stage."""
 
     def __init__(self, vit, classes, feature, ratio=0.0):
         super().__init__()
@@ -294,7 +311,10 @@ def finetune(args, vit, sets, config, device, rank, world):
     dtype, (mean, std) = DTYPES[args.precision], statistics(config, device)
     batch = min(args.batch, len(train)) // (2 * world) * 2 * world
     if not batch:
-        raise InputError(f"{len(train)} training images are too few for {world} process(es): --labels, --data")
+        few = f"--batch {args.batch} of {len(train)} training images"
+        raise InputError(f"{few} is too few for {world} process(es): a pair for each, for mixup")
+    if rank == 0 and batch < min(args.batch, len(train)):
+        print(f"batch {batch}, not {args.batch}: pairs for mixup, as many in each process", file=sys.stderr)
     total = args.epochs * (len(train) // batch)
     warmup, seconds = min(5, args.epochs / 10) * (len(train) // batch), time.perf_counter()
     plan = lambda: batches(len(train), batch, 0, total, args.seed, rank, world)
@@ -315,8 +335,11 @@ def finetune(args, vit, sets, config, device, rank, world):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if rank == 0 and (step + 1) % (len(train) // batch) == 0:
-            print(f"epoch {(step + 1) // (len(train) // batch)}: loss {loss.item():.3f}", file=sys.stderr)
+        if (step + 1) % (len(train) // batch) == 0:
+            if not loss.isfinite() or loss > 100 * math.log(len(train.classes)):
+                raise InputError(f"the loss is {loss.item():.3g}: lower --lr")
+            if rank == 0:
+                print(f"epoch {(step + 1) // (len(train) // batch)}: loss {loss.item():.3f}", file=sys.stderr)
     seconds = time.perf_counter() - seconds
     net.eval()
     right = torch.zeros((), device=device)

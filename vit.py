@@ -891,7 +891,8 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
         similar, index = (x @ train.T).topk(min(max(ks), len(train)), dim=1)
         for k in ks:
             votes = torch.zeros(len(x), classes, device=x.device)
-            votes.scatter_add_(1, train_labels[index[:, :k]], (similar[:, :k] / temperature).exp())
+            weight = ((similar[:, :k] - similar[:, :1]) / temperature).exp()  # over the nearest's: none is inf
+            votes.scatter_add_(1, train_labels[index[:, :k]], weight)
             best = votes.sort(dim=1, descending=True, stable=True)[1][:, : min(5, k)]  # ties: the lower label
             right = best == y[:, None]
             hits[k] += torch.stack([right[:, 0].sum(), right.sum()])

@@ -83,13 +83,42 @@ def test_folders_of_pairs(npz, tmp_path, capsys):
     assert mask.shape == (10, 15) and set(mask.unique().tolist()) == {0, 1, 255}
 
 
+def test_masks_are_found_by_folder_and_name_and_must_have_the_image_s_shape(tmp_path, capsys):
+    """As in DAVIS, where every sequence begins with 00000."""
+    for i, sequence in enumerate(("bear", "car", "cat")):
+        for kind, value in (("images", 50 * i), ("masks", i)):
+            (tmp_path / "davis" / kind / sequence).mkdir(parents=True)
+            for frame in range(2):
+                size = (8, 16) if (kind, i, frame) == ("masks", 2, 1) else (16, 8)  # one is turned
+                img = Image.fromarray(np.full(size, value, dtype=np.uint8))
+                img.save(tmp_path / "davis" / kind / sequence / f"0000{frame}.png")
+    pairs = eval_dense.load_pairs("davis", 8, 100)
+    found = {
+        (int(x.max()), int(m.max())) for images, masks in pairs.values() for x, m in zip(images, masks, strict=True)
+    }
+    assert found == {(0, 0), (50, 1), (100, 2)} and sum(len(m) for _, m in pairs.values()) == 5
+    assert "turned?" in capsys.readouterr().err
+
+
+def test_values_of_masks_are_classes_whatever_they_are(npz, tmp_path):
+    dino.main(tiny("--steps", 1, out="d"))
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        mask = np.zeros((16, 16), dtype=np.uint16)
+        mask[4:12, 4:12] = (128, 26000)[i % 2]
+        for kind, x in (("images", rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)), ("masks", mask)):
+            (tmp_path / "odd" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x).save(tmp_path / "odd" / kind / f"{i}.png")
+    assert eval_dense.main(["d/last.pt", "--data", "odd", "--device", "cpu"])["classes"] == 3
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
         ("", "no checkpoint given"),
         ("nowhere.pt", "no checkpoint at nowhere.pt"),
         ("d/last.pt --data tiny.npz", "no folder with images/ and masks/"),
-        ("d/last.pt --data empty", "has a mask of the same name"),
+        ("d/last.pt --data empty", "has a mask of the same folder and name"),
     ],
 )
 def test_wrong_input(npz, tmp_path, capsys, options, message):

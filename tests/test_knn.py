@@ -40,11 +40,20 @@ def test_equal_to_a_loop(m, n, classes):
     assert ours == vit.knn(*args, ks=(1, 5, 20, 200))
 
 
+def test_a_low_temperature_is_the_nearest_alone():
+    """Votes do not overflow: with features all alike, exp(1 / .001) is inf."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(80, 8, generator=g) * 0.05 + 1, torch.arange(80) % 4
+    test, wanted = x + 0.001 * torch.randn(80, 8, generator=g), y
+    assert vit.knn(x, y, test, wanted, (1, 50), 1e-6)[50][0] == vit.knn(x, y, test, wanted, (1,), 0.07)[1][0] > 90
+
+
 def test_the_script(npz, capsys):
     dino.main(tiny("--steps", 2))
     capsys.readouterr()
     result = eval_knn.main(["run/last.pt", "--dump", "f.npz", "--k", "1", "20", "200"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [*result["cls"]] == [1, 20, 64]  # there are no 200
     assert last["knn"].keys() == {"pixels", "untrained", "cls", "mean"} and last["temperature"] == 0.07
     assert {k: {str(n): v for n, v in r.items()} for k, r in result.items()} == last["knn"]
     with np.load("f.npz") as z:
@@ -66,6 +75,9 @@ def test_two_processes_give_the_same(npz):
         ([], "no checkpoint given; `python dino.py` makes one"),
         (["nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["x.pt", "--data", "bare.npz"], "has no labels"),
+        (["x.pt", "--temperature", "0"], "not above 0"),
+        (["x.pt", "--dump", "nowhere/f.npz"], "no such folder"),
+        (["x.pt", "--k", "0"], "--k: must be 1 or more"),
         (["x.pt", "--data", "bands.npz"], "takes 3 channels, bands.npz has 2"),
     ],
 )

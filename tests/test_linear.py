@@ -141,10 +141,10 @@ def test_encoders_of_every_method_are_read(npz):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [["--epochs", "3"], ["--epochs", "2", "--augment"], ["--finetune", "--epochs", "2"]]
+    "options", [["--epochs", "3"], ["--epochs", "2", "--augment"], ["--finetune", "--epochs", "2", "--drop-path", "0"]]
 )
 def test_two_processes_give_the_same(run, options):
-    one, two = (start("eval_linear.py", *run, "--drop-path", "0", *options, processes=n) for n in (1, 2))
+    one, two = (start("eval_linear.py", *run, *options, processes=n) for n in (1, 2))
     assert one.returncode == two.returncode == 0, two.stderr
     a, b = (json.loads(p.stdout.splitlines()[-1]) for p in (one, two))
     key = "finetuned" if "--finetune" in options else "linear"
@@ -156,8 +156,15 @@ def test_two_processes_give_the_same(run, options):
     [
         ([], "no checkpoint given"),
         (["nowhere.pt"], "no checkpoint at nowhere.pt"),
-        (["run/last.pt", "--scratch"], "belong to --finetune"),
+        (["run/last.pt", "--scratch"], "of --finetune; add it"),
         (["run/last.pt", "--labels", "0"], "must be in"),
+        (["run/last.pt", "--lr", "9"], "--lr: of --finetune; add it"),
+        (["run/last.pt", "--finetune", "--layers", "2", "--augment"], "--layers, --augment: of the probe alone"),
+        (["run/last.pt", "--finetune", "--drop-path", "1"], "--drop-path must be in [0, 1)"),
+        (["run/last.pt", "--finetune", "--seed", "-1"], "--seed and --mixup must be 0 or more"),
+        (["run/last.pt", "--finetune", "--batch", "1"], "--batch 1 of 64 training images is too few"),
+        (["run/last.pt", "--finetune", "--lr", "1e5", "--epochs", "3"], "lower --lr"),
+        (["run/last.pt", "--batch", "1"], "BatchNorm needs two in a batch"),
         (["run/last.pt", "--layers", "9"], "this encoder has 2 blocks"),
         (["run/last.pt", "--data", "nowhere"], "no such .npz file or folder"),
     ],
