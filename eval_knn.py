@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vit import DTYPES, InputError, ViT, cli, features, knn, launch, load_encoder, load_labelled, positive
+from vit import DTYPES, InputError, ViT, cli, features, gathered, knn, launch, load_encoder, load_labelled, positive
 
 
 def get_args(argv=None):
@@ -51,22 +51,6 @@ def get_args(argv=None):
     if args.dump and not Path(args.dump).absolute().parent.is_dir():
         raise InputError(f"--dump {args.dump}: no such folder")
     return args
-
-
-def every(x):
-    """A tensor of each process, all of one shape: a list."""
-    if not dist.is_initialized():
-        return [x]
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return parts
-
-
-def gathered(rows, n):
-    """Rows i, i + world, ... of every process, put back in order: (n, D). With one process: as they are."""
-    if dist.is_initialized():
-        rows = torch.cat([rows, rows[:1].expand(-(-n // dist.get_world_size()) - len(rows), -1)])
-    return torch.stack(every(rows), dim=1).flatten(0, 1)[:n]
 
 
 @cli

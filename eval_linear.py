@@ -40,7 +40,9 @@ from vit import (
     ViT,
     cli,
     drop_path,
+    every,
     features,
+    gathered,
     in_order,
     launch,
     load_encoder,
@@ -209,22 +211,6 @@ def probe(args, vit, sets, config, device, rank, world):
 def accuracies(logits, labels):
     """Percent, of logits (R, M, classes): a list of R."""
     return (100 * (logits.argmax(dim=-1) == labels).float().mean(dim=1)).tolist()
-
-
-def every(x):
-    """A tensor of each process, all of one shape: a list."""
-    if not dist.is_initialized():
-        return [x]
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return parts
-
-
-def gathered(rows, n):
-    """Rows i, i + world, ... of every process, put back in order: (n, D). With one process: as they are."""
-    if dist.is_initialized():
-        rows = torch.cat([rows, rows[:1].expand(-(-n // dist.get_world_size()) - len(rows), -1)])
-    return torch.stack(every(rows), dim=1).flatten(0, 1)[:n]
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning

@@ -911,6 +911,22 @@ def features(vit, images, config, device, dtype=torch.float32, batch=256, worker
     return torch.cat(out)
 
 
+def every(x):
+    """A tensor of each process, all of one shape: a list."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
+
+
+def gathered(rows, n):
+    """Rows i, i + world, ... of every process, put back in order: (n, D). With one process: as they are."""
+    if dist.is_initialized():
+        rows = torch.cat([rows, rows[:1].expand(-(-n // dist.get_world_size()) - len(rows), -1)])
+    return torch.stack(every(rows), dim=1).flatten(0, 1)[:n]
+
+
 class Run:
     """A training run's folder, `args.out`: last.pt, log.jsonl, pictures; one process at a time; resumed if there.
 
