@@ -380,6 +380,17 @@ def test_a_checkpoint_of_a_few_bytes(content):
         vit.load_encoder("x.pt")
 
 
+def test_one_line_where_a_picture_cannot_be_used():
+    save("a.png", Image.fromarray(RED))
+    Path("text.jpg").write_text("no picture")
+    with pytest.raises(vit.InputError, match="text.jpg is not a readable image"):
+        vit.read_square("text.jpg", 8)
+    with pytest.raises(vit.InputError, match="an image of 3 channels, the network takes 5"):
+        vit.read_square("a.png", 8, channels=5)
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(vit.InputError, match="100 unreadable images in a"):
+        vit.Images(["text.jpg"] * 101, None, None, [], 8)[0, 0.5]
+
+
 def test_safetensors_carries_an_encoder_elsewhere():
     from safetensors.torch import load_file, save_file
 
