@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from vit import (
     InputError,
     ViT,
     cli,
+    features,
     in_order,
     knn,
     launch,
@@ -45,6 +47,7 @@ from vit import (
     load_encoder,
     load_images,
     number_alike,
+    pooled,
     prepare,
     stream,
 )
@@ -219,22 +222,15 @@ def measure_images(vit, images, config, args, device):
     return {name: {d: torch.tensor(v) for d, v in by_depth.items()} for name, by_depth in rows.items()}
 
 
-@torch.no_grad()
 def features_by_depth(vit, images, config, args, device, noise=None):
     """Mean patch tokens of each block, through the final norm; last, the method's own read-out: depth+1 of (n, D)."""
-    out, done = [], 0
-    for imgs in stream(images, in_order(images, args.batch), device, args.workers):
-        x = prepare(imgs, config["img_size"], config["mean"], config["std"])
-        if noise is not None:
-            x = x + noise(x.shape).to(x)
-        layers = vit.layers(x)
-        own = layers[-1][:, 0] if config["feature"] == "cls" else layers[-1][:, 1:].mean(dim=1)
-        found = [*(t[:, 1:].mean(dim=1) for t in layers), own]
-        out = out or [t.new_empty(len(images), t.shape[1], dtype=torch.float32) for t in found]  # one piece: see above
-        for all_of_depth, t in zip(out, found, strict=True):
-            all_of_depth[done : done + len(t)] = t
-        done += len(imgs)
-    return out
+
+    def encode(x, feature):  # what features() asks
+        layers = vit.layers(x if noise is None else x + noise(x.shape).to(x))
+        return torch.cat([*(pooled(t, "mean") for t in layers), pooled(layers[-1], feature)], dim=1)
+
+    how = dict(batch=args.batch, workers=args.workers)
+    return features(SimpleNamespace(encode=encode), images, config, device, **how).chunk(len(vit.blocks) + 1, dim=1)
 
 
 def measure_encoder(vit, config, sets, args, device):

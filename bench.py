@@ -434,7 +434,8 @@ def measure(args):
     method = args.row.removeprefix("authors ")
     run.precision = run.precision if is_ours else "fp32"
     device, _, _ = launch(run)
-    run.precision = "fp16" if device.type == "cuda" and not is_ours else run.precision  # their autocast
+    cuda = device.type == "cuda"
+    run.precision = "fp16" if cuda and not is_ours else run.precision  # their autocast
     torch.manual_seed(0)
     if is_ours:
         script, make = OURS[method.split()[0]]
@@ -445,12 +446,11 @@ def measure(args):
         if "lightly" not in method:
             old_packages()
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if cuda else "gloo"
         torch.distributed.init_process_group(backend, rank=0, world_size=1)  # losses of DINO and SiameseIM need one
-        step = next(make for name, (_, _, make) in AUTHORS.items() if method.split(" --")[0] == name)(run, device)
+        step = AUTHORS[method.split(" --")[0]][2](run, device)
     images = Images(pixels=torch.randint(0, 256, (run.batch, 3, run.canvas, run.canvas), dtype=torch.uint8))
     loader = stream(images, in_order(images, run.batch) * (2 * args.steps + 3), device, run.workers)
-    cuda = device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
 
     def steps(n):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vit import DTYPES, InputError, ViT, cli, features, gathered, knn, launch, load_encoder, load_labelled, positive
+from vit import DTYPES, InputError, ViT, cli, knn, launch, load_encoder, load_labelled, positive, shared_features
 
 
 def get_args(argv=None):
@@ -68,23 +68,17 @@ def main(argv=None):
 
     ks = sorted({min(k, len(labels["train"])) for k in args.k})
     torch.manual_seed(0)
-    untrained = ViT(**vit.config | dict(img_size=config["img_size"])).eval()
+    untrained = ViT(**vit.config | dict(img_size=config["img_size"])).eval().to(device)
 
     def vectors(net, feature):
-        """Of all images, by split. Each process encodes its share of them."""
-        if net is not None:
-            net.to(device)
-        out = {}
-        for split, images in sets.items():
-            mine = images.pick(range(rank, len(images), world))
-            how = (device, DTYPES[args.precision], args.batch, args.workers)
-            out[split] = gathered(features(net, mine, dict(config, feature=feature), *how), len(images))
-        return out
+        """Of all images, by split."""
+        how = (dict(config, feature=feature), device, DTYPES[args.precision], args.batch, args.workers)
+        return {split: shared_features(net, images, *how) for split, images in sets.items()}
 
     def rows():
         yield "pixels", vectors(None, "mean")
         yield "untrained", vectors(untrained, config["feature"])
-        both = vectors(vit, "both")  # one pass gives both read-outs
+        both = vectors(vit.to(device), "both")  # one pass gives both read-outs
         for i, row in enumerate(("cls", "mean")):
             yield row, {s: v.chunk(2, dim=1)[i] for s, v in both.items()}
 

@@ -41,8 +41,6 @@ from vit import (
     cli,
     drop_path,
     every,
-    features,
-    gathered,
     in_order,
     launch,
     load_encoder,
@@ -50,13 +48,9 @@ from vit import (
     pooled,
     positive,
     prepare,
+    shared_features,
     stream,
 )
-
-RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
-PROBE = ("layers", "augment", "rates")
-FINETUNE = ("scratch", "drop_ratio", "lr", "layer_decay", "drop_path", "mixup", "smoothing", "weight_decay")
-SHARES = ("drop_ratio", "drop_path", "smoothing")
 
 
 def get_args(argv=None):
@@ -80,34 +74,43 @@ def get_args(argv=None):
     add("--seed", type=int, default=0, help="of weights, order, crops, colours and masks")
     add("--crop-scale", type=float, nargs=2, default=[0.35, 1.0], help="area of the crop, share of image")
     add = p.add_argument_group("probe (90 epochs)").add_argument
-    add("--layers", type=positive, default=1, help="the features of so many last blocks, side by side")
-    add("--augment", action="store_true", help="new crops and flips in each epoch; features are then not kept: slower")
-    add(
-        "--rates",
-        type=float,
-        nargs="+",
-        default=RATES,
-        help="learning rates tried, for batch 256; scaled with the batch",
-    )
+    probe_only = [
+        add("--layers", type=positive, default=1, help="the features of so many last blocks, side by side"),
+        add("--augment", action="store_true", help="new crops and flips in each epoch; features are not kept: slower"),
+        add(
+            "--rates",
+            type=float,
+            nargs="+",
+            default=[0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+            help="learning rates tried, for batch 256; scaled with the batch",
+        ),
+    ]
     add = p.add_argument_group("fine-tuning (100 epochs)").add_argument
     add("--finetune", action="store_true", help="train the whole network, not only a linear layer")
-    add("--scratch", action="store_true", help="from random weights: the checkpoint tells shape, data and read-out")
-    add("--drop-ratio", type=float, default=0.0, help="share of the patch tokens dropped at each of 3 stages")
-    add("--lr", type=float, default=1e-3, help="learning rate for batch 256; scaled with the batch")
-    add("--layer-decay", type=float, help="each block's learning rate over that of the next (0.75; from scratch 1)")
-    add("--drop-path", type=float, default=0.1, help="stochastic depth, in training")
-    add("--mixup", type=float, default=0.8, help="alpha of the Beta distribution of weights, 0: none")
-    add("--smoothing", type=float, default=0.1, help="of labels: the share spread over all classes")
-    add("--weight-decay", type=float, default=0.05, help="not of biases and norms")
+    finetune_only = [
+        add(
+            "--scratch", action="store_true", help="from random weights: the checkpoint tells shape, data and read-out"
+        ),
+        add("--drop-ratio", type=float, default=0.0, help="share of the patch tokens dropped at each of 3 stages"),
+        add("--lr", type=float, default=1e-3, help="learning rate for batch 256; scaled with the batch"),
+        add("--layer-decay", type=float, help="each block's learning rate over the next one's (0.75; from scratch 1)"),
+        add("--drop-path", type=float, default=0.1, help="stochastic depth, in training"),
+        add("--mixup", type=float, default=0.8, help="alpha of the Beta distribution of weights, 0: none"),
+        add("--smoothing", type=float, default=0.1, help="of labels: the share spread over all classes"),
+        add("--weight-decay", type=float, default=0.05, help="not of biases and norms"),
+    ]
     args = p.parse_args(argv)
     if not args.checkpoint:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
-    foreign = PROBE if args.finetune else FINETUNE
-    if foreign := [f"--{name.replace('_', '-')}" for name in foreign if getattr(args, name) != p.get_default(name)]:
-        raise InputError(f"{', '.join(foreign)}: of {'the probe alone' if args.finetune else '--finetune; add it'}")
-    shares = [f"--{name.replace('_', '-')}" for name in SHARES if not 0 <= getattr(args, name) < 1]
-    if shares or not 0 < args.labels <= 1:
-        raise InputError(f"{shares[0]} must be in [0, 1)" if shares else "--labels must be in (0, 1]")
+    foreign = probe_only if args.finetune else finetune_only
+    given = [a.option_strings[0] for a in foreign if getattr(args, a.dest) != a.default]
+    if given:
+        raise InputError(f"{', '.join(given)}: of {'the probe alone' if args.finetune else '--finetune; add it'}")
+    for name in ("drop_ratio", "drop_path", "smoothing"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be in [0, 1)")
+    if not 0 < args.labels <= 1:
+        raise InputError("--labels must be in (0, 1]")
     if args.seed < 0 or args.mixup < 0 or (args.layer_decay is not None and args.layer_decay <= 0):
         raise InputError("--seed and --mixup must be 0 or more, --layer-decay more than 0")
     args.epochs = args.epochs or (100 if args.finetune else 90)
@@ -172,9 +175,7 @@ def probe(args, vit, sets, config, device, rank, world):
     train = sets["train"].pick(share_of_labels(sets["train"].labels, args.labels).tolist())
     y, mean, std = train.labels.to(device), *statistics(config, device)
 
-    def all_features(images):
-        mine = images.pick(range(rank, len(images), world))
-        return gathered(features(reader, mine, config, device, dtype, 256, args.workers), len(images))
+    all_features = lambda images: shared_features(reader, images, config, device, dtype, 256, args.workers)
 
     def pairs(n, batch, total):  # features and labels of the batches of a run over the first n images
         plan = lambda *share: batches(n, batch, 0, total, args.seed, *share)
@@ -301,8 +302,8 @@ def finetune(args, vit, sets, config, device, rank, world):
         raise InputError(f"{few} is too few for {world} process(es): a pair for each, for mixup")
     if rank == 0 and batch < min(args.batch, len(train)):
         print(f"batch {batch}, not {args.batch}: pairs for mixup, as many in each process", file=sys.stderr)
-    total = args.epochs * (len(train) // batch)
-    warmup, seconds = min(5, args.epochs / 10) * (len(train) // batch), time.perf_counter()
+    per_epoch = len(train) // batch
+    total, warmup, seconds = args.epochs * per_epoch, min(5, args.epochs / 10) * per_epoch, time.perf_counter()
     plan = lambda: batches(len(train), batch, 0, total, args.seed, rank, world)
     net.train()
     for step, ((index, _), imgs) in enumerate(zip(plan(), stream(train, plan(), device, args.workers), strict=True)):
@@ -321,11 +322,11 @@ def finetune(args, vit, sets, config, device, rank, world):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if (step + 1) % (len(train) // batch) == 0:
+        if (step + 1) % per_epoch == 0:
             if not loss.isfinite() or loss > 100 * math.log(len(train.classes)):
                 raise InputError(f"the loss is {loss.item():.3g}: lower --lr")
             if rank == 0:
-                print(f"epoch {(step + 1) // (len(train) // batch)}: loss {loss.item():.3f}", file=sys.stderr)
+                print(f"epoch {(step + 1) // per_epoch}: loss {loss.item():.3f}", file=sys.stderr)
     seconds = time.perf_counter() - seconds
     net.eval()
     right = torch.zeros((), device=device)

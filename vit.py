@@ -902,13 +902,17 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
 @torch.no_grad()
 def features(vit, images, config, device, dtype=torch.float32, batch=256, workers=2):
     """Vectors of all images, (N, D) on the device; vit None: raw pixels, centred, and at most 32 x 32 of them."""
-    out = []
+    out, done = None, 0
     for imgs in stream(images, in_order(images, batch), device, workers):
         x = prepare(imgs, config["img_size"], config["mean"], config["std"])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             small = lambda x: F.adaptive_avg_pool2d(x, [min(32, s) for s in x.shape[-2:]]).flatten(1)
-            out.append(small(x) if vit is None else vit.encode(x, config["feature"]).float())
-    return torch.cat(out)
+            found = small(x) if vit is None else vit.encode(x, config["feature"]).float()
+        if out is None:  # in one piece: parts would lie among activations and keep their memory from being given back
+            out = found.new_empty(len(images), found.shape[1])
+        out[done : done + len(found)] = found
+        done += len(found)
+    return out
 
 
 def every(x):
@@ -920,10 +924,13 @@ def every(x):
     return parts
 
 
-def gathered(rows, n):
-    """Rows i, i + world, ... of every process, put back in order: (n, D). With one process: as they are."""
-    if dist.is_initialized():
-        rows = torch.cat([rows, rows[:1].expand(-(-n // dist.get_world_size()) - len(rows), -1)])
+def shared_features(vit, images, *how):
+    """features(vit, images, *how), each process encoding every world-th image; all get all rows, in order."""
+    if not dist.is_initialized():
+        return features(vit, images, *how)
+    rank, world, n = dist.get_rank(), dist.get_world_size(), len(images)
+    rows = features(vit, images.pick(range(rank, n, world)), *how)
+    rows = torch.cat([rows, rows[:1].expand(-(-n // world) - len(rows), -1)])
     return torch.stack(every(rows), dim=1).flatten(0, 1)[:n]
 
 

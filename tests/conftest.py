@@ -54,10 +54,12 @@ def folder(tmp_path):
 
 FILES = {"dino": "dino.py", "mae": "mae_pcae.py", "pcae": "mae_pcae.py", "siameseim": "siameseim.py"}
 SMALL = "--decoder-dim 16 --decoder-depth 2 --decoder-heads 2"
+SMALL_DINO = "--prototypes 64 --hidden 32 --local-crops 2 --local-size 8"
 OWN = {  # keeps a method's own parts small
-    "dino": "--prototypes 64 --hidden 32 --local-crops 2 --local-size 8",
+    "dino": SMALL_DINO,
     "mae": SMALL,
     "pcae": f"{SMALL} --method pcae --momentum 0.9 --stages 0 1",
+    "hybrid": f"{SMALL_DINO} --decoder-dim 16 --decoder-heads 2 --decoder-depth 1",
     "siameseim": "--decoder-dim 16 --decoder-heads 2 --decoder-depth 1 --projector-depth 1",
 }
 

@@ -1,5 +1,7 @@
 """The hybrid: its ends are the two methods, its gradient the weighted sum of theirs; contracts of a run."""
 
+import functools
+
 import pytest
 import torch
 from conftest import checkpoint, fails, log, same, start, tiny
@@ -10,8 +12,7 @@ import hybrid
 import mae_pcae
 from vit import ViT
 
-OWN = ["--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2"]
-options = lambda *more, **k: [*tiny(*more, **k), *OWN]
+options = functools.partial(tiny, method="hybrid")
 
 
 def parts(weight):

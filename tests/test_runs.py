@@ -54,10 +54,9 @@ FOLLOWS = {
 def test_the_teacher_begins_as_the_student_and_follows_it_by_momentum(method, npz):
     """By the loop itself: equal while nothing learns; then t = m t + (1 - m) s, with m of that step."""
     main, teacher, student = FOLLOWS[method]
-    small = ["--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2"] if method == "hybrid" else []
 
     def run(out, *more):
-        main(tiny(*more, "--momentum", 0.5, *small, method=method, out=out))
+        main(tiny(*more, "--momentum", 0.5, method=method, out=out))
         found = tensors(checkpoint(out))
         return [(v, found[student + k[len(teacher) :]]) for k, v in found.items() if k.startswith(teacher)]
 
