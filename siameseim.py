@@ -4,172 +4,158 @@ Tao et al., "Siamese Image Modeling for Self-Supervised Vision Representation Le
 
     python siameseim.py                                      # the images that come with it; minutes on a laptop
     python siameseim.py --data cifar10 --epochs 400          # downloads; or a folder of images
-    torchrun --nproc-per-node=2 siameseim.py --data photos/  # several processes, the same batch
+    torchrun --nproc-per-node=2 siameseim.py --data photos/  # several processes share each batch
     python siameseim.py --ablate same-view                   # what is the other view there for?
 
-Measured (n = 3 seeds): `python siameseim.py`, k-NN 64.1 ± 2.8 % in 2.5 minutes of one CPU core; untrained 29.4, raw
-pixels 25.1 (RESULTS.md).
+Measured: MEASURED
 
 The idea. Masked image modelling learns where things are, contrastive learning what they are; this does both. Two
 views of an image are cropped and coloured independently. The online network sees part of view a, is told where the
-patches of view b lie relative to a, and predicts for each of them the output of a momentum encoder that sees all of
-b. Colours differ (not in the demo, which has few), so only what both views share can be predicted: meaning; at every
-place, so that it stays spatial.
+patches of view b lie relative to a, and predicts for each of them the output of a momentum encoder (the target network)
+that sees all of b. Colours differ (not in the demo, which has few), so only what both views share can be predicted:
+meaning; and at every position, so that it stays spatial.
+
+Symbols of the paper: y is the prediction, z the target, C the correlation of targets, lambda --neg-weight. To read it
+all, read sections 1 (network), 3 (views) and 4 (training step) of vit.py as well.
 
 Differs from the authors' code:
-- Augmentation runs on the device, in batch: colour operations in a fixed order, no rounding to 8 bits in between,
-  blur's sigma counted in pixels of a 224 px image. Images above 64 px come as random squares, --canvas px wide.
-- Block-wise masks: a block too many is thinned at random, what 12 blocks leave is drawn at random (theirs: redrawn up
-  to ten times, then the same). Random masks work (theirs: disabled).
-- The target network moves at the end of a step (theirs: at the beginning of the next; the first step aside, the same).
-- BatchNorm always uses the statistics of the batch at hand, and keeps none; they are global on CPUs too. With
+- Augmentation runs on the device for the whole batch: colour operations in a fixed order, no rounding to 8 bits in
+  between, blur's sigma in pixels of a 224 px image. Above 64 px images are decoded as squares, at a random place if
+  oblong. Mean and std are those of the data set.
+- Block-wise masks: a block too many is thinned at random, and what 12 blocks leave is filled at random (theirs: redrawn
+  up to ten times, then the same). Random masks work (theirs: disabled).
+- The target network moves at the end of a step (theirs: at the beginning of the next; apart from the first, the same).
+- BatchNorm always uses the statistics of its batch and keeps none. They are over all processes on CPUs too. With
   --accumulate they are those of a micro-batch (with --norm layer the result is that of the whole batch).
-- C is a mean over processes without need of a process group; no (tokens x tokens) matrix is built.
-- Linear layers start from a truncated normal of 0.02, the frozen patch projection as nn.Conv2d does (theirs: all
-  Xavier-uniform, which is 1.7 times as wide for the patches of ViT-B/16). Mean and std are those of the data.
-- A non-finite gradient skips the step. --batch counts all processes and micro-batches.
+- C is a mean over processes without need of a process group, and no (tokens x tokens) matrix is built.
+- Linear layers start from a truncated normal of 0.02, the frozen patch embedding as nn.Conv2d does (theirs: all
+  Xavier-uniform, which is 1.7 times as wide for the patches of ViT-B/16).
+- A gradient that is not finite skips the step. --batch counts all processes and micro-batches.
 """
 
-import argparse
 import functools
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torchvision.utils import draw_bounding_boxes, make_grid, save_image
+from torchvision.utils import draw_bounding_boxes
 
 from vit import (
-    DTYPES,
+    COMMON,
+    COUNT,
+    SHARE,
     SIZES,
     Block,
     InputError,
-    Linear,
     Run,
     ViT,
-    check_plan,
+    adamw,
+    autocast,
+    average_and_clip,
+    blend,
+    check_momentum,
     cli,
-    common_options,
+    cosine,
+    crop_resize,
+    ema_update,
+    gather_tokens,
+    gaussian_blur,
+    gray,
     launch,
-    load_splits,
-    positive,
-    resolve,
+    load_data,
+    mean_over_processes,
+    micro_batches,
+    my_rows,
+    options,
+    sample_boxes,
+    save_grid,
+    seeded,
+    set_rates,
+    shape_of,
+    shift_hue,
     sincos,
+    sincos_grid,
+    spread,
     start_from,
-    stream,
 )
 
-# --------------------------------------------------------------------------------------------------- options, presets
+OPTIONS = COMMON | dict(  # name=(default, help): one default, or four: for presets demo, 32, 96, 224 (the authors')
+    size=(["nano", "tiny", "small", "base"], "width, depth and heads of the network", dict(choices=SIZES)),
+    patch=([4, 4, 8, 16], "patch size, px", COUNT),
+    img_size=(
+        [32, None, 96, 224],
+        "input of the network, px: one number, or height and width",
+        dict(nargs="+", type=int),
+    ),
+    epochs=([6, 400, 400, 400], "length of the run; the schedules follow it", COUNT),
+    batch=([64, 512, 512, 4096], "images in an optimiser step, over all processes and micro-batches", COUNT),
+    lr=([4e-3, 1e-3, 5e-4, 6.25e-5], "learning rate for batch 256; scaled with the batch"),
+    warmup=([1.0, 20.0, 20.0, 40.0], "epochs over which the learning rate rises"),
+    weight_decay=((0.05, 0.05), "of matrices, at the start and at the end"),
+    clip=(1.0, "clip the norm of all gradients together; 0 turns clipping off"),
+    drop_path=(0.0, "stochastic depth of the online encoder"),
+    crop_scale=([(0.3, 1.0), (0.2, 1.0), (0.08, 1.0), (0.08, 1.0)], "area of the crops, share of the image"),
+    color=([0.0, 1.0, 1.0, 1.0], "strength of colour jitter, grey and solarization; 1 as published"),
+    blur=((1.0, 0.1), "probability of blur in view a and in view b"),
+    mask=("block", "how the hidden patches of view a are chosen", dict(choices=("block", "random"))),
+    mask_ratio=(0.6, "share of the patches of view a that are hidden", SHARE),
+    norm=("batch", "in projector and decoder; batch: over all tokens", dict(choices=("batch", "layer"))),
+    train_patch_embed=(False, "train the patch embedding, which is frozen as published"),
+    decoder_dim=([64, 192, 384, 768], "width of projector and decoder", COUNT),
+    decoder_depth=([2, 4, 4, 4], "blocks of the decoder", COUNT),
+    decoder_heads=([4, 6, 12, 16], "attention heads of projector and decoder", COUNT),
+    projector_depth=([1, 2, 2, 2], "blocks between encoder and decoder; the target network ends with them"),
+    neg_weight=(None, "lambda, weight of the uniformity term (15.36 / --decoder-dim, as published)", dict(type=float)),
+    momentum=(
+        [0.98, 0.99, 0.99, 0.995],
+        "of the target network's EMA at the start, 1 at the end; lower it for short runs",
+    ),
+    ablate=(
+        None,
+        "remove one component and see what breaks",
+        dict(choices=("same-view", "no-color", "global", "no-uniformity")),
+    ),
+)
 
-PRESETS = {  # chosen by the size of the images; "224" is the authors' ViT-B/16, for 400 epochs (theirs: 1600)
-    "demo": dict(size="nano", patch=4, img_size=32, epochs=6, warmup=1, batch=64, lr=4e-3, decoder_dim=64,
-                 decoder_heads=4, projector_depth=1, decoder_depth=2, crop_scale=[0.3, 1.0], color=0.0, momentum=0.98,
-                 drop_path=0.0),
-    "32": dict(size="tiny", patch=4, img_size=None, epochs=400, warmup=20, batch=512, lr=1e-3, decoder_dim=192,
-               decoder_heads=6, projector_depth=2, decoder_depth=4, crop_scale=[0.2, 1.0], color=1.0, momentum=0.99,
-               drop_path=0.0),
-    "96": dict(size="small", patch=8, img_size=96, epochs=400, warmup=20, batch=512, lr=5e-4, decoder_dim=384,
-               decoder_heads=12, projector_depth=2, decoder_depth=4, crop_scale=[0.08, 1.0], color=1.0, momentum=0.99,
-               drop_path=0.0),
-    "224": dict(size="base", patch=16, img_size=224, epochs=400, warmup=40, batch=4096, lr=6.25e-5, decoder_dim=768,
-                decoder_heads=16, projector_depth=2, decoder_depth=4, crop_scale=[0.08, 1.0], color=1.0,
-                momentum=0.995, drop_path=0.0),
-}  # fmt: skip
-ABLATIONS = ("same-view", "no-color", "global", "no-uniformity")
-
-
-def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common_options(p, PRESETS)
-    add = p.add_argument
-    add("--mask", choices=("block", "random"), default="block", help="which patches of view a are hidden")
-    add("--mask-ratio", type=float, default=0.6, help="share of the patches that the encoder does not see")
-    add("--norm", choices=("batch", "layer"), default="batch", help="in projector and decoder; batch: over all tokens")
-    add("--train-patch-embed", action="store_true", help="else it stays as drawn, as published")
-    add("--decoder-dim", type=positive, help="* width of the decoder")
-    add("--decoder-depth", type=positive, help="* blocks of the decoder")
-    add("--decoder-heads", type=positive, help="* attention heads of the decoder")
-    add("--projector-depth", type=int, help="* blocks between encoder and decoder; the target ends with them")
-    add(
-        "--neg-weight",
-        type=float,
-        help="lambda, of the term that spreads predictions (15.36 / --decoder-dim, as published)",
-    )
-    add("--momentum", type=float, help="* of the teacher at the beginning, 1 at the end; short runs want less")
-    add("--clip", type=float, default=1.0, help="gradient norm limit, 0: none (DINO, hybrid: of each tensor)")
-    add("--min-lr", type=float, default=0.0, help="learning rate at the end of its cosine")
-    add(
-        "--weight-decay",
-        type=float,
-        nargs=2,
-        default=[0.05, 0.05],
-        help="not of biases and norms; from, to, by a cosine",
-    )
-    add("--crop-scale", type=float, nargs=2, help="* area of the crop, share of image")
-    add("--color", type=float, help="* strength of jitter, grey and solarization; 1 as published")
-    add("--blur", type=float, nargs=2, default=[1.0, 0.1], help="probability of blur, in view a and in view b")
-    add("--ablate", choices=ABLATIONS, help="take a part of the method away, to see what it was there for")
-    args = resolve(p.parse_args(argv), PRESETS, "siameseim")
-    args.neg_weight = 15.36 / args.decoder_dim if args.neg_weight is None else args.neg_weight
-    n = math.prod(ViT.grid_of(args.img_size, args.patch))
-    if not 0 <= round(n * args.mask_ratio) < n:
-        raise InputError(f"--mask-ratio {args.mask_ratio} leaves none of {n} patches visible")
-    return args
+# views, masks, and where they lie ------------------------------------------------------------------------------------
 
 
-# -------------------------------------------------------------------------------------- views, masks, where they lie
+def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
+    """All random numbers of `views` crops of each image, a dict of (batch, views, ...): BYOL's augmentation.
 
-
-def draw_boxes(shape, side, scale, aspect, g):
-    """Boxes y, x, height, width (*shape, 4) in px of a square image: RandomResizedCrop's rule for many at once.
-
-    Area uniform in `scale`, log aspect ratio uniform in 3/4 to 4/3 (times that of the output); of ten tries the first
-    that fits, else the whole image.
+    side: of the images, px. size (h, w): of the views. scale: area of the crops. blur, solarize: a probability for
+    each view. color: strength of the rest, 1 as published.
     """
-    area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
-    ratio = aspect * torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
-    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
-    first = fits.int().argmax(-1, keepdim=True)
-    h, w = (torch.where(fits, t, side).gather(-1, first)[..., 0] for t in (h, w))
-    y, x = ((torch.rand(shape, generator=g) * (side - t + 1)).floor() for t in (h, w))
-    return torch.stack([y, x, h, w], dim=-1)
-
-
-def draw_views(batch, views, side, size, scale, blur, solarize, color, g):
-    """All random numbers of `views` crops of each image, a dict of (batch, views, ...): BYOL's augmentation (DINO, §3).
-
-    blur, solarize: probability for each view. color: strength, 1 as published. Sigma: 0.1 to 2 px of a 224 px image.
-    """
-    shape = (batch, views)
-    rand = lambda: torch.rand(shape, generator=g)
-    draws = dict(box=draw_boxes(shape, side, scale, size[1] / size[0], g), flip=rand() < 0.5)
+    rand = lambda: torch.rand((batch, views), generator=g)
+    draws = dict(box=sample_boxes((batch, views), side, scale, size[1] / size[0], g), flip=rand() < 0.5)
     jitter = rand() < 0.8  # one coin for all four
     factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
     draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
-    draws |= dict(hue=factor(0.0, 0.1), gray=(rand() >= 0.2 * color).float())  # gray: 0 makes it grey
-    sigma = 0.1 + 1.9 * rand()
+    draws |= dict(hue=factor(0.0, 0.1), keep_color=(rand() >= 0.2 * color).float())  # 0 makes the image grey
+    sigma = 0.1 + 1.9 * rand()  # px of a 224 px image
     draws["sigma"] = sigma.where(rand() < torch.tensor(blur), 0.0)
     draws["solarize"] = rand() < color * torch.tensor(solarize)
     return draws
 
 
-def draw_pairs(args, step):
-    """All random numbers of a step, for the whole batch: two views of each image, what is seen of the first."""
-    g, size = seeded(args.seed, step), args.img_size
-    draws = draw_views(
-        args.batch, 2, args.canvas, size, args.crop_scale, blur=args.blur, solarize=[0.0, 0.2], color=args.color, g=g
-    )
+def sample_pairs(args, step, side):
+    """All random numbers of a step, for the whole batch: two views of each image, and what is visible of the first."""
+    g, grid = seeded(args.seed, step), ViT.grid_of(args.img_size, args.patch)
+    pair = sample_views(args.batch, 2, side, args.img_size, args.crop_scale, args.blur, [0.0, 0.2], args.color, g)
     order = dict(block=block_order, random=random_order)[args.mask]
-    grid = ViT.grid_of(size, args.patch)
     hidden = round(args.mask_ratio * math.prod(grid))
-    return draws | dict(visible=order(args.batch, grid, args.mask_ratio, g)[:, hidden:])
+    pair["visible"] = order(args.batch, grid, args.mask_ratio, g)[:, hidden:]
+    if args.ablate == "same-view":  # view b is the crop of view a; the colours stay two
+        pair |= {k: pair[k][:, :1].repeat_interleave(2, dim=1) for k in ("box", "flip")}
+    return pair
 
 
 def random_order(batch, grid, ratio, g):
-    """Patches (batch, N) in the order in which they are hidden: any."""
+    """Patches (batch, N) in the order in which they are hidden: a random one."""
     return torch.rand((batch, math.prod(grid)), generator=g).argsort(dim=1)
 
 
@@ -199,12 +185,12 @@ def places(box, flip, side, grid):
     """Where the patches of view b lie on the patch grid of view a: rows and columns, and how much taller and wider they
     are, as 10 ln of the ratio (authors' code): four (B, N).
 
-    box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). side: of the image, px. With G patches
-    to a side, patch m of b, whose crop starts at y2 and is h2 high, has its centre on a's grid at
-    (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2; so across, mirrored where one view is flipped and the other is not.
+    box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). side: of the images, px, or (B,). With G
+    patches to a side, patch m of b, whose crop starts at y2 and is h2 high, has its centre on a's grid at
+    (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2; columns likewise, mirrored where one view is flipped and the other is not.
     """
     y, x, h, w = (t[..., None] for t in box.unbind(-1))  # (B, 2, 1)
-    side = torch.as_tensor(side, device=box.device).view(-1, 1)
+    side = side.view(-1, 1) if torch.is_tensor(side) else box.new_full((1, 1), side)
     x = torch.where(flip[..., None], side[..., None] - x - w, x)  # from the left of the view as it was flipped
     (y1, y2), (x1, x2), (h1, h2), (w1, w2) = (t.unbind(1) for t in (y, x, h, w))
     m, n = (torch.arange(g, device=box.device) + 0.5 for g in grid)
@@ -221,94 +207,29 @@ def relative_positions(box, flip, side, grid, dim):
     return torch.cat([sincos(columns, rows, dim), sincos(wider, taller, dim)], dim=-1)  # sincos puts x first
 
 
-def resize_weights(start, length, flip, out, side):
-    """Rows that resample [start, start+length) of `side` pixels to `out`: (..., out, side), bicubic, antialiased.
-
-    The cubic kernel has a = -0.5 and is stretched where the crop shrinks, as in Pillow and F.interpolate(antialias).
-    """
-    i = torch.arange(out, device=start.device)
-    i = torch.where(flip[..., None], out - 1 - i, i)
-    scale = (length / out)[..., None]
-    center = start[..., None] + (i + 0.5) * scale
-    pixel = torch.arange(side, device=start.device) + 0.5
-    x = ((pixel - center[..., None]) / scale.clamp(min=1)[..., None]).abs()
-    w = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2))
-    start, length = start[..., None, None], length[..., None, None]
-    w = w * ((pixel > start) & (pixel < start + length))
-    return w / w.sum(dim=-1, keepdim=True)
-
-
-def crop_resize(imgs, box, flip, size):
-    """Crops (B, V, 4) of images (B, C, S, S), resized to `size`, some flipped: (V·B, C, h, w). Wy @ img @ Wxᵀ."""
-    (y, x, h, w), side, c = box.unbind(-1), imgs.shape[-1], imgs.shape[1]
-    wy = resize_weights(y, h, torch.zeros_like(flip), size[0], side)  # (B, V, h, S)
-    wx = resize_weights(x, w, flip, size[1], side)  # (B, V, w, S)
-    rows = rearrange(wy, "b v i s -> b (v i) s") @ rearrange(imgs, "b c s t -> b s (c t)")
-    rows = rearrange(rows, "b (v i) (c t) -> (b v) (c i) t", c=c, i=size[0])
-    crops = rows @ rearrange(wx, "b v j t -> (b v) t j")
-    return rearrange(crops, "(b v) (c i) j -> (v b) c i j", v=box.shape[1], c=c).clamp(0, 1)
-
-
-def gray(x):  # (B, 3, h, w) -> (B, 1, h, w), luma of ITU-R 601
-    r, g, b = x.split(1, dim=1)
-    return 0.2989 * r + 0.587 * g + 0.114 * b
-
-
-def blend(x, other, factor):  # other + factor (x - other): brightness, contrast and saturation are all this
-    return torch.lerp(other, x, factor).clamp(0, 1)
-
-
-def shift_hue(x, shift):
-    """Hue turned by `shift` (B, 1, 1, 1), a share of the circle; HSV's value and saturation stay."""
-    top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
-    chroma = top - low
-    r, g, b = x.split(1, dim=1)
-    sector = torch.where(top == r, (g - b), torch.where(top == g, (b - r), (r - g)))
-    offset = torch.where(top == r, 0.0, torch.where(top == g, 2.0, 4.0))
-    hue = sector / chroma.clamp(min=1e-8) + offset + 6 * shift
-    k = (hue + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6  # 5, 3, 1 for red, green, blue
-    return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def gaussian_blur(x, sigma, radius):
-    """Blur with sigma (B,) px, kernel 2 radius + 1, reflected borders: two small matrix products, as for crops."""
-
-    def matrix(n):
-        r = min(radius, n - 1)
-        k = torch.arange(-r, r + 1, device=x.device)
-        weight = torch.exp(-0.5 * (k / sigma[:, None].clamp(min=1e-3)) ** 2)
-        source = (torch.arange(n, device=x.device)[:, None] + k).abs()  # pixel i takes weight k from pixel i + k,
-        source = torch.where(source < n, source, 2 * n - 2 - source)  # reflected at the borders
-        spread = F.one_hot(source, n).to(x)  # (n, 2r+1, n)
-        return torch.einsum("bk,ikj->bij", weight / weight.sum(dim=1, keepdim=True), spread)[:, None]
-
-    return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).transpose(-2, -1)
-
-
 def augment(imgs, draws, size, unit, mean, std):
-    """uint8 (B, C, S, S) and draw_views' numbers -> normalised views (V·B, C, h, w), view by view.
+    """uint8 (B, C, S, S) and what sample_views drew -> normalised views (V·B, C, h, w), view by view.
 
-    unit: px of these views per px of a 224 px image, for blur. mean, std: (C, 1, 1), on the device. Jitter and grey
-    need three channels, or are left out.
+    unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
     """
     x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
-    d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k != "box"}
+    d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k not in ("box", "visible")}
     if x.shape[1] == 3:
         x = (x * d["brightness"]).clamp(0, 1)
         x = blend(x, gray(x).mean(dim=(2, 3), keepdim=True), d["contrast"])
         x = blend(x, gray(x), d["saturation"])
         x = shift_hue(x, d["hue"])
-        x = blend(x, gray(x), d["gray"])
+        x = blend(x, gray(x), d["keep_color"])
     x = gaussian_blur(x, d["sigma"].flatten() * unit, radius=math.ceil(6 * unit))
     x = torch.where(d["solarize"] & (x >= 0.5), 1 - x, x)
     return (x - mean) / std
 
 
-# ------------------------------------------------------------------------------------------------------ model and loss
+# model and loss ------------------------------------------------------------------------------------------------------
 
 
 class MeanOverProcesses(torch.autograd.Function):
-    """A mean over processes, whose gradient is the mean of their gradients (these are averaged once more in Update)."""
+    """A mean over processes whose gradient is the mean of their gradients (average_and_clip averages once more)."""
 
     @staticmethod
     def forward(ctx, x):
@@ -338,60 +259,62 @@ class TokenBatchNorm(nn.Module):
 NORMS = dict(batch=TokenBatchNorm, layer=functools.partial(nn.LayerNorm, eps=1e-6))
 
 
+def blocks(args, depth):
+    return nn.ModuleList(Block(args.decoder_dim, args.decoder_heads, norm=NORMS[args.norm]) for _ in range(depth))
+
+
 class Tower(nn.Module):
     """Encoder, linear layer and projector: what the online and the target network both have."""
 
     def __init__(self, shape, args, drop_path=0.0):
         super().__init__()
         self.vit = ViT(**shape, pos="sincos", norm=False, drop_path=drop_path)
-        self.embed = Linear(self.vit.dim, args.decoder_dim)
+        self.embed = nn.Linear(self.vit.dim, args.decoder_dim)
         self.projector = blocks(args, args.projector_depth)
 
     def forward(self, imgs, visible=None):
-        """(B, C, height, width), visible (B, n) or all -> (B, 1+n, decoder_dim)."""
-        x = self.vit.embed(imgs, visible)
-        for block in self.vit.blocks:
-            x = block(x)
-        x = self.embed(x)
+        """(B, C, h, w), visible (B, n) or all -> (B, 1+n, decoder_dim)."""
+        x = self.embed(self.vit(imgs, visible))
         for block in self.projector:
             x = block(x)
         return x
 
 
-def blocks(args, depth):
-    return nn.ModuleList(Block(args.decoder_dim, args.decoder_heads, norm=NORMS[args.norm]) for _ in range(depth))
-
-
 class SiameseIM(nn.Module):
-    """Online tower and decoder; the target is a moving average of the tower."""
+    """Online tower and decoder; the target tower is the online one's moving average. shape: the ViT's arguments."""
 
-    def __init__(self, shape, args, drop_path=0.0):
+    feature = "mean"  # what evaluation reads
+
+    def __init__(self, shape, args, mean, std):
         super().__init__()
-        self.online, self.target = Tower(shape, args, drop_path), Tower(shape, args).requires_grad_(False)
+        self.online, self.target = Tower(shape, args, args.drop_path), Tower(shape, args).requires_grad_(False)
         self.online.vit.patch_embed.requires_grad_(args.train_patch_embed)
         dim, self.grid = args.decoder_dim, self.online.vit.grid
-        y, x = torch.meshgrid(*map(torch.arange, self.grid), indexing="ij")
-        pos = F.pad(sincos(y.flatten(), x.flatten(), dim), (0, 0, 1, 0))[None]  # CLS: zeros
-        self.decoder_pos_embed = nn.Parameter(pos, requires_grad=False)
+        n = math.prod(self.grid)
+        if round(n * args.mask_ratio) >= n:
+            raise InputError(f"--mask-ratio {args.mask_ratio} leaves none of {n} patches visible")
+        self.decoder_pos_embed = nn.Parameter(sincos_grid(self.grid, dim), requires_grad=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.position = Linear(2 * dim, dim)
+        self.position = nn.Linear(2 * dim, dim)
         self.decoder = blocks(args, args.decoder_depth)
-        self.pred = Linear(dim, dim)
-        for m in [
-            self.online.embed,
-            *self.online.projector.modules(),
-            self.position,
-            *self.decoder.modules(),
-            self.pred,
-        ]:
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                nn.init.zeros_(m.bias)
+        self.pred = nn.Linear(dim, dim)
+        parts = [self.online.embed, self.online.projector, self.position, self.decoder, self.pred]
+        for m in (m for part in parts for m in part.modules() if isinstance(m, nn.Linear)):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.start_target()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.augment = augment  # --compile replaces it
+        self.start_teacher()
 
-    def start_target(self):
+    def start_teacher(self):
         self.target.load_state_dict(self.online.state_dict())
+
+    def compile(self):
+        for part in (self, self.target):
+            nn.Module.compile(part, dynamic=False)
+        self.augment = torch.compile(augment, dynamic=False)
 
     @torch.no_grad()
     def targets(self, imgs):
@@ -402,8 +325,7 @@ class SiameseIM(nn.Module):
     def forward(self, imgs, visible, box, flip, side):
         """From the visible patches (B, n) of view a, a prediction for each patch of view b: (B, N, D)."""
         pos = self.decoder_pos_embed.expand(len(imgs), -1, -1)
-        index = F.pad(visible + 1, (1, 0))[..., None].expand(-1, -1, pos.shape[-1])  # CLS is position 0
-        x = self.online(imgs, visible) + pos.gather(1, index)
+        x = self.online(imgs, visible) + gather_tokens(pos, F.pad(visible + 1, (1, 0)))  # CLS is position 0
         wanted = self.mask_token + self.position(relative_positions(box, flip, side, self.grid, pos.shape[-1]))
         x = torch.cat([wanted, x], dim=1)
         for block in self.decoder:
@@ -420,268 +342,135 @@ def correlation(z):
 def siameseim_loss(pred, target, c, weight=0.02):
     """(|y - z|² + λ yᵀ C y) / D, mean over tokens: like its target, unlike all others (UniGrad, arXiv 2112.05141).
 
-    If all targets were one vector z, the best prediction was z / (1 + λD), its loss λD / (1 + λD), a bad place only if
-    λD is large. Published: 15. With λ = .02 and D = 64 it is 1.3, and targets stay within a few percent of each other.
-    pred y, target z (B, N, D); c (D, D): correlation of the targets over the global batch. Returns the loss and its
-    second term without λ.
+    If all targets were one vector z, the best prediction were z / (1 + λD), with loss λD / (1 + λD): that keeps targets
+    apart only if λD is large. Published: 15. With λ = .02 and D = 64 it is 1.3, and targets differ by a few percent.
+    pred y, target z (B, N, D); c (D, D): correlation of the targets over the whole batch. Returns the loss, and the
+    uniformity term yᵀ C y / D.
     """
-    spread_out = ((pred @ c) * pred).mean()  # the diagonal of Y C Yᵀ alone
-    return (pred - target).square().mean() + weight * spread_out, spread_out.detach()
+    uniformity = ((pred @ c) * pred).mean()  # the diagonal of Y C Yᵀ alone
+    return (pred - target).square().mean() + weight * uniformity, uniformity.detach()
 
 
-def train_step(net, update, imgs, draws, args, momentum, mean, std, loss_fn=siameseim_loss):
-    """One optimiser step. imgs: uint8 (B, C, S, S). draws: what draw_pairs gave. update: an Update.
+def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
+    """One optimiser step. Nothing in it waits for the GPU.
 
-    All targets first: C is that of the whole batch, in micro-batches too. Returns (4,): loss, its second term, spread
-    of the targets and gradient norm, still on the device, so that nothing waits for them.
+    net: a SiameseIM. imgs: uint8 (B, C, S, S). draws: what sample_pairs drew. schedule: what schedules gave.
+    All targets come first: C is that of the whole batch, in micro-batches too. Returns (4,): loss, its uniformity term,
+    spread of the targets, and the gradient's norm.
     """
-    total, parts, c, side = 0, [], 0, imgs.shape[-1]
-    for x, d in zip(split_rows(imgs, args.accumulate), split_rows(draws, args.accumulate), strict=True):
-        visible = d.pop("visible")
-        a, b = augment(x, d, args.img_size, max(args.img_size) / 224, mean, std).chunk(2)
-        with update.autocast():
+    loss_fn = global_loss if args.ablate == "global" else siameseim_loss
+    total, parts, c, unit, side = 0, [], 0, max(args.img_size) / 224, imgs.shape[-1]
+    for x, d in micro_batches(args.accumulate, imgs, draws):
+        a, b = net.augment(x, d, args.img_size, unit, net.mean, net.std).chunk(2)
+        with autocast(x.device, args.precision):
             z = net.targets(b)
-        parts.append((a, visible, d["box"], d["flip"], z))
+        parts.append((a, d, z))
         c += correlation(z) / args.accumulate
     c = mean_over_processes(c)
-    for *seen, z in parts:
-        with update.autocast():
-            y = net(*seen, side)
-        loss, spread_out = loss_fn(y.float(), z, c, args.neg_weight)
-        update.backward(loss / args.accumulate)
-        total += torch.stack([loss.detach(), spread_out, spread(z)]) / args.accumulate
-    ok, norm = update.step(clip_all=args.clip)  # ok is 0 where the gradient was not finite: then nothing moves
-    ema_update(net.target, net.online, (1 - momentum) * ok)
+    for a, d, z in parts:
+        with autocast(a.device, args.precision):
+            y = net(a, d["visible"], d["box"], d["flip"], side)
+        loss, uniformity = loss_fn(y.float(), z, c, args.neg_weight)
+        scaler.scale(loss / args.accumulate).backward()
+        total += torch.stack([loss.detach(), uniformity, spread(z)]) / args.accumulate
+
+    set_rates(optimizer, schedule.lr, schedule.weight_decay)
+    norm = average_and_clip(optimizer, scaler, args.clip)
+    ok = norm.isfinite().float()  # 0: online and target network stay as they were
+    optimizer.found_inf = 1 - ok  # the fused AdamW then changes nothing
+    optimizer.step()
+    optimizer.zero_grad()
+    scaler.update()
+    ema_update(net.target, net.online, (1 - schedule.momentum) * ok)
     return torch.cat([total, norm[None]])
 
 
-def spread(x):
-    """Std over tokens and images, mean over entries: 0 if all are alike, not if places differ. (B, n, D) -> ()."""
-    return x.detach().flatten(0, 1).std(dim=0).mean()
+def schedules(step, run, args):
+    """Learning rate, weight decay and the target network's momentum, from the step alone."""
+    return SimpleNamespace(
+        lr=cosine(step, run.total, args.lr * args.batch / 256, 0.0, args.warmup * run.steps_per_epoch),
+        weight_decay=cosine(step, run.total, *args.weight_decay),
+        momentum=cosine(step, run.total, args.momentum, 1.0),
+    )
 
 
-# ------------------------------------------------------------------------------- ablations: what each part is there for
+# ablations: what each component is for -------------------------------------------------------------------------------
+
+ABLATIONS = {  # the options that they change; same-view changes the draws, global the loss
+    "no-color": dict(color=0.0, blur=[0.0, 0.0]),
+    "no-uniformity": dict(neg_weight=0.0),
+}
 
 
 def global_loss(pred, target, c, weight=0.02):
-    """One vector per image in place of one per position: means over patches, standardised again; C of this process."""
+    """One vector per image instead of one per position: means over patches, standardised again; C of this process."""
     y, z = pred.mean(dim=1), F.layer_norm(target.mean(dim=1), target.shape[-1:])
     return siameseim_loss(y, z, correlation(z), weight)
 
 
-def same_view(draws):
-    """View b is the crop of view a; the colours stay two."""
-    return draws | {k: draws[k][:, :1].repeat_interleave(2, dim=1) for k in ("box", "flip")}
-
-
-def ablated(args):
-    """Changes the options so that one part of the method is gone; returns the loss, and what to do with the draws."""
-    changes = {"no-color": dict(color=0.0, blur=[0.0, 0.0]), "no-uniformity": dict(neg_weight=0.0)}
-    vars(args).update(changes.get(args.ablate, {}))
-    loss_fn = global_loss if args.ablate == "global" else siameseim_loss
-    return loss_fn, same_view if args.ablate == "same-view" else dict
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
+# pictures and main ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def show_pairs(net, imgs, draws, args, config, file, tile=96):
+def draw_pairs(net, imgs, draws, args, file):
     """For each of imgs, uint8 (B, C, S, S): both boxes (a red, b blue), view a, what is visible of it, view b, and how
     well each position of b is predicted: cosine of prediction and target, black 0 or less, white 1.
     """
-    net.eval()  # process 0 draws alone: BatchNorm must not wait for the others
-    imgs, draws = imgs[: len(draws["flip"])], {k: v[: len(imgs)].to(imgs.device) for k, v in draws.items()}
-    mean, std = (torch.tensor(config[k], device=imgs.device).view(-1, 1, 1) for k in ("mean", "std"))
-    visible, box, side, (h, w) = draws.pop("visible"), draws["box"], imgs.shape[-1], net.grid
-    a, b = augment(imgs, draws, args.img_size, max(args.img_size) / 224, mean, std).chunk(2)
-    like = F.cosine_similarity(net(a, visible, box, draws["flip"], side).float(), net.targets(b), dim=-1)
-    shown = torch.zeros(len(a), h * w, device=a.device).scatter(1, visible, 1.0).view(-1, 1, h, w)
-    size = [tile * s // max(a.shape[-2:]) for s in a.shape[-2:]]
-    zoom = lambda x: F.interpolate(x, size=size)
-    rgb = lambda x: x[:, [0, 1, 2] if x.shape[1] == 3 else [0, 0, 0]]
-    a, b = (zoom(rgb((x * std + mean).clamp(0, 1))) for x in (a, b))
-    whole = F.interpolate(rgb(imgs / 255), size=size)
-    y, x, height, width = (box.cpu() / side).unbind(-1)
-    edges = (torch.stack([x, y, x + width, y + height], dim=-1) * torch.tensor(size[::-1] * 2)).clamp(1)
-    edges = edges.minimum(torch.tensor(size[::-1] * 2) - 2)
-    pairs = zip(whole.cpu(), edges, strict=True)
-    boxed = torch.stack([draw_bounding_boxes(i, e, colors=["red", "blue"], width=2) for i, e in pairs])
-    columns = [boxed, a, a * zoom(shown), b, zoom(like.clamp(0, 1).view(-1, 1, h, w)).expand_as(b)]
-    rows = torch.stack([c.cpu() for c in columns], dim=1).flatten(0, 1)
-    save_image(make_grid(rows, nrow=len(columns), padding=2, pad_value=1), file)
-    net.train()
-
-
-# ---------------------------------------------------------------------------------------------------------------- main
-
-
-def shape_of(args, in_chans):
-    return dict(SIZES[args.size], img_size=args.img_size, patch=args.patch, in_chans=in_chans)
-
-
-def check_momentum(args, total):
-    """Warns when much of the initial teacher would remain to the end (.9999: 37 % after 20,000 steps)."""
-    remains = math.prod(cosine(s, total, args.momentum, 1.0) for s in range(total))
-    if remains > 0.1:
-        print(f"warning: {remains:.0%} of the initial teacher would remain after {total} steps: lower --momentum")
+    d, side, (h, w) = {k: v[: len(imgs)].to(imgs.device) for k, v in draws.items()}, imgs.shape[-1], net.grid
+    a, b = augment(imgs, d, args.img_size, max(args.img_size) / 224, net.mean, net.std).chunk(2)
+    pred = net(a, d["visible"], d["box"], d["flip"], side).float()
+    like = F.cosine_similarity(pred, net.targets(b), dim=-1).view(-1, 1, h, w)
+    visible = torch.zeros(len(a), h * w, device=a.device).scatter(1, d["visible"], 1.0).view(-1, 1, h, w)
+    zoom = lambda x: F.interpolate(x, size=a.shape[-2:])
+    a, b = a * net.std + net.mean, b * net.std + net.mean
+    size = torch.tensor([a.shape[-1], a.shape[-2]] * 2)
+    y, x, height, width = (d["box"].cpu() / side).unbind(-1)
+    edges = (torch.stack([x, y, x + width, y + height], dim=-1) * size).clamp(0).minimum(size - 1)
+    rgb = zoom(imgs[:, [0, 1, 2] if imgs.shape[1] == 3 else [0, 0, 0]].float() / 255).cpu()
+    boxed = [draw_bounding_boxes(i, e, colors=["red", "blue"]) for i, e in zip(rgb, edges, strict=True)]
+    save_grid([torch.stack(boxed), a, a * zoom(visible), b, like], file)
 
 
 @cli
-def main(argv=None):
-    args = get_args(argv)
-    device, rank, world = launch(args)
-    run = Run(args, rank, world)
-    train, test = load_splits(args, rank)
-    check_plan(args, len(train), world, rank)
-    loss_fn, alter = ablated(args)
+def main(argv=None, images=None):
+    args = options(__doc__, OPTIONS, argv, method="siameseim")
+    device = launch(args)
+    train, test = load_data(args, OPTIONS, images)  # opened, options settled, decoded if it fits into memory
+    args.neg_weight = 15.36 / args.decoder_dim if args.neg_weight is None else args.neg_weight
+    vars(args).update(ABLATIONS.get(args.ablate, {}))
 
     torch.manual_seed(args.seed)
-    net = SiameseIM(shape_of(args, train.channels), args, args.drop_path).to(device)
-    vit = net.online.vit
-    config = dict(vit.config, method="siameseim", data=args.data, feature="mean")
-    config["mean"], config["std"] = train.stats()
+    net = SiameseIM(shape_of(args, train.channels), args, *train.stats()).to(device)
     if args.init:
-        start_from(args.init, dict(net=net), vit, config)
-        net.start_target()
-
-    mean, std = (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
-    update = Update([net], device, args.precision, betas=(0.9, 0.95))
-    run.begin(dict(net=net, update=update), vit, config, train, test, device)
-    if rank == 0:
-        check_momentum(args, run.total)
+        start_from(args.init, net.online.vit, net)
+        net.start_teacher()
+    optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))
+    run = Run(args, net, net.online.vit, optimizer, scaler, train, test)
+    run.resume()
+    run.baselines()
+    check_momentum(args.momentum, run.total)
     if args.compile:
-        net.compile(dynamic=False), net.target.compile(dynamic=False)
+        net.compile()
 
-    keys = batches(len(train), args.batch, run.first, run.stop, args.seed, rank, world)
-    for step, imgs in run.steps(stream(train, keys, device, args.workers)):
-        lr = cosine(step, run.total, args.lr * args.batch / 256, args.min_lr, args.warmup * run.steps_per_epoch)
-        update.set(lr, cosine(step, run.total, *args.weight_decay))
-        momentum = cosine(step, run.total, args.momentum, 1.0)
-        draws = my_rows(alter(draw_pairs(args, step)), rank, world, device)
-        stats = train_step(net, update, imgs, draws, args, momentum, mean, std, loss_fn)
-
-        if run.log_due(step):  # here alone the host waits for the device
-            loss, spread_out, target, norm = mean_over_processes(stats).tolist()
-            row = dict(loss=loss, negative=spread_out, target_std=target, grad_norm=norm, lr=lr)
-            flat = "COLLAPSED: targets no longer differ from place to place" if target < 0.05 else None
-            warm = step >= args.warmup * run.steps_per_epoch
-            run.log(step, row, update.skipped.tolist(), flat if warm else None)
+    for step, imgs in run.steps(train):
+        schedule = schedules(step, run, args)
+        draws = my_rows(sample_pairs(args, step, train.side), device)  # the same for any number of processes
+        stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args)
+        if run.log_due(step):
+            loss, uniformity, target_std, norm = mean_over_processes(stats).tolist()
+            flat = target_std < 0.05 and step >= args.warmup * run.steps_per_epoch
+            warning = "COLLAPSED: targets no longer differ from position to position" if flat else None
+            row = dict(loss=loss, uniformity=uniformity, target_std=target_std, grad_norm=norm, lr=schedule.lr)
+            run.log(step, warning, **row)
+        if run.knn_due(step):
+            run.measure_knn(step)
+            run.draw_curve()
         if run.save_due(step):
             run.save(step)
-            if rank == 0:
-                show_pairs(net, run.sample, alter(draw_pairs(args, 0)), args, config, run.out / "views.png")
+            net.eval()  # process 0 draws alone: BatchNorm must not wait for the others
+            draw_pairs(net, run.sample, sample_pairs(args, 0, train.side), args, run.out / "views.png")
+            net.train()
     return run.finish()
-
-
-# ------------------------------------------------------------------------------ the same in every script, word for word
-
-
-def cosine(step, total, start, end, warmup=0):
-    """Linear from 0 to `start` over `warmup` steps, reached in the last of them, then a cosine to `end`."""
-    warmup = round(warmup)
-    if step < warmup:
-        return start * step / max(1, warmup - 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
-
-
-def seeded(seed, step):
-    """The CPU generator of a step's random numbers, but drop path's: the same for any processes, workers, restarts."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
-
-
-def batches(n, batch, first, stop, seed, rank, world):
-    """This process's image indices and places of squares, for the steps first to stop - 1; a new order each epoch."""
-    for step in range(first, stop):
-        epoch, at = divmod(step, n // batch)
-        if step == first or at == 0:
-            order = torch.randperm(n, generator=seeded(seed, -1 - epoch))
-        mine = slice(rank * batch // world, (rank + 1) * batch // world)
-        place = torch.rand(batch, generator=seeded(seed + 1, step))
-        yield order[at * batch : (at + 1) * batch][mine].tolist(), place[mine].tolist()
-
-
-def my_rows(draws, rank, world, device):
-    """This process's rows of the whole batch's random numbers, on the device."""
-    return {k: v.chunk(world)[rank].to(device, non_blocking=True) for k, v in draws.items()}
-
-
-def split_rows(x, n):
-    """Micro-batches of a tensor, or of a dict of tensors."""
-    if torch.is_tensor(x):
-        return x.chunk(n)
-    return [dict(zip(x, rows, strict=True)) for rows in zip(*(v.chunk(n) for v in x.values()), strict=True)]
-
-
-def mean_over_processes(x):
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x = x / dist.get_world_size()
-    return x
-
-
-@torch.no_grad()
-def ema_update(teacher, student, weight):
-    """teacher += weight (student - teacher), in three kernels. weight: tensor (), 0 in a skipped step."""
-    old, new = list(teacher.parameters()), list(student.parameters())
-    change = torch._foreach_sub(new, old)
-    torch._foreach_mul_(change, weight)
-    torch._foreach_add_(old, change)
-
-
-class Update:
-    """AdamW and what surrounds it: precision, processes, clipping, and steps skipped where a gradient is not finite."""
-
-    def __init__(self, modules, device, precision, betas=(0.9, 0.999)):
-        params = [p for m in modules for p in m.parameters() if p.requires_grad]
-        decay, rest = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]  # rest: biases and norms
-        groups = [dict(params=decay), dict(params=rest, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.dtype = DTYPES[precision]
-        self.device, self.skipped = device, torch.zeros(2, device=device)  # skipped steps: in all, and in a row
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def set(self, lr, weight_decay):
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.param_groups[0]["weight_decay"] = weight_decay
-
-    def backward(self, loss):
-        self.scaler.scale(loss).backward()
-
-    @torch.no_grad()
-    def step(self, clip_each=0, clip_all=0):
-        """Clips (each tensor's norm, or that of all) and steps. Returns ok, 0 or 1, and the norm before clipping."""
-        grads = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        if dist.is_initialized():
-            flat = mean_over_processes(torch.cat([g.flatten() for g in grads]))
-            torch._foreach_copy_(
-                grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
-            )
-        self.scaler.unscale_(self.optimizer)
-        norms = torch.stack(torch._foreach_norm(grads))
-        norm = norms.norm()
-        if clip_each or clip_all:
-            scale = clip_each / (norms + 1e-6) if clip_each else clip_all / (norm + 1e-6).expand(len(norms))
-            torch._foreach_mul_(grads, list(scale.clamp(max=1).unbind()))
-        ok = norm.isfinite().float()
-        self.optimizer.found_inf = 1 - ok  # the fused kernels then leave weights, moments and step counts as they are
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.scaler.update()
-        self.skipped = (self.skipped + 1 - ok) * torch.stack([torch.ones_like(ok), 1 - ok])
-        return ok, norm.where(ok > 0, 0.0)
-
-    def state_dict(self):
-        return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), skipped=self.skipped)
-
-    def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.skipped = state["skipped"].to(self.device)
 
 
 if __name__ == "__main__":

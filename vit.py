@@ -1,15 +1,24 @@
-"""A Vision Transformer, and the files around it: images in, weights and checkpoints in and out.
+"""A Vision Transformer, and what every script here needs around it.
 
-This is the one file that every script imports: the network (Dosovitskiy et al., arXiv 2010.11929; the pre-norm variant
-of DeiT and DINO), then image files, checkpoints, and a run's folder. Parameter names are timm's, so weights travel.
+    1 network        the ViT (Dosovitskiy et al., arXiv 2010.11929; pre-norm, as in DeiT and DINO), with timm's names
+    2 images         files, .npz or CIFAR in; batches of square uint8 images out
+    3 views          crops, colours and blur of a whole batch at once, on the device
+    4 training step  schedules, optimizer, gradients over processes and micro-batches, moving averages
+    5 evaluation     features of a frozen encoder, and k-NN
+    6 checkpoints    saved completely or not at all, loaded without running code
+    7 runs           options, devices, and the folder of a run: resume, log, k-NN, curve
+
+To read a method, read sections 1, 3 and 4. Section 1 can be copied on its own: of the imports it needs torch, nn, F and
+rearrange, and it uses nothing of the other sections.
 
 Letters in shape comments, here and in every script:
-    B images   C channels   V views   N patch tokens   D width   H heads   K prototypes   P patch
+    B images   C channels   V views   N patch tokens   D width   H heads   K prototypes   P patch size, px
     S side of a square image, px   (h, w) height and width: of images in px, of a grid in patches
 """
 
 import argparse
-import copy
+import contextlib
+import datetime
 import functools
 import json
 import math
@@ -17,10 +26,10 @@ import os
 import pickle
 import re
 import signal
-import struct
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +39,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------- the network
+# 1 network ------------------------------------------------------------------------------------------------------------
 
-SIZES = {  # timm and DINO name them ViT-Ti, S, B, L, H; "nano" is the size for a CPU, "test" for tests
+SIZES = {  # timm and DINO call them ViT-Ti, S, B, L, H; "nano" is for a CPU, "test" for tests
     "test": dict(dim=32, depth=2, heads=2),
     "nano": dict(dim=128, depth=6, heads=4),
     "tiny": dict(dim=192, depth=12, heads=3),
@@ -43,94 +54,64 @@ SIZES = {  # timm and DINO name them ViT-Ti, S, B, L, H; "nano" is the size for 
     "large": dict(dim=1024, depth=24, heads=16),
     "huge": dict(dim=1280, depth=32, heads=16),
 }
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)  # --precision
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: the message names it and the mend. `cli` turns it into exit code 2."""
+    """The user gave something wrong. The message says what, and what to do about it; scripts then exit with code 2."""
 
 
 def sincos(y, x, dim):
-    """Fixed sine-cosine position embedding of arbitrary positions (MAE; Transformer, section 3.5, in two dimensions).
+    """Fixed sine-cosine position embedding of any positions (MAE; Vaswani et al., section 3.5, in two dimensions).
 
-    y, x: any equal shape (...), in units of patches. Returns (..., dim): sin, cos of x, then sin, cos of y, as MAE's.
-    Raises InputError where dim is not a multiple of 4.
+    y, x: two tensors of one shape (...), in patches. Returns (..., dim): sin and cos of x, then of y, as in MAE.
+    Raises InputError if dim is not a multiple of 4.
     """
     if dim % 4:
-        raise InputError(f"a width of {dim} is no multiple of 4, as sine-cosine positions need")
+        raise InputError(f"a width of {dim} is not a multiple of 4, which sine-cosine positions need")
     exact = torch.float32 if x.device.type == "mps" else torch.float64  # a Mac's GPU has no float64
     omega = 10000 ** -(torch.arange(dim // 4, dtype=exact, device=x.device) / (dim // 4))
     x, y = x[..., None].to(exact) * omega, y[..., None].to(exact) * omega
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1).float()
 
 
+def sincos_grid(grid, dim):
+    """The sine-cosine embedding of a whole grid (h, w), with zeros for the CLS token in front: (1, 1+hw, dim)."""
+    y, x = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    return F.pad(sincos(y.flatten(), x.flatten(), dim), (0, 0, 1, 0))[None]
+
+
+def gather_tokens(x, index):
+    """The tokens of x (B, N, D) at index (B, n): (B, n, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
 def drop_path(x, p):
-    """Stochastic depth (Huang et al., arXiv 1603.09382): zero a residual branch for a share p of the samples."""
+    """Stochastic depth (Huang et al., arXiv 1603.09382): zeroes a residual branch for a share p of the samples."""
     if p == 0:
         return x
     return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - p).div_(1 - p)
-
-
-class OneDNN(torch.autograd.Function):
-    """x Wᵀ + b and its gradients by oneDNN. PyTorch's own fp32 product is MKL's, half as fast on AMD's (RESULTS.md)."""
-
-    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None: a build of torch without oneDNN
-
-    @staticmethod
-    def product(x, weight, bias=None):
-        return OneDNN.operator(x, weight, bias, "none", [], None)
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return OneDNN.product(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (x, weight), (for_x, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        return (
-            OneDNN.product(grad, weight.T) if for_x else None,
-            OneDNN.product(rows.T, x.flatten(0, -2).T) if for_weight else None,
-            rows.sum(dim=0) if for_bias else None,
-        )
-
-
-def linear(x, weight, bias=None):
-    """F.linear, (..., D) -> (..., out); in fp32 on a CPU by oneDNN, if that is there and nothing casts or compiles."""
-    suits = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    suits = suits and x.ndim > 1 and x.numel() and not torch.is_autocast_enabled("cpu")
-    if suits and OneDNN.operator and not torch.compiler.is_compiling():
-        return OneDNN.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         if dim % heads:
-            raise InputError(f"a width of {dim} cannot be shared by {heads} attention heads")
+            raise InputError(f"a width of {dim} cannot be divided among {heads} attention heads")
         self.heads = heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
-    def split(self, x):
+    def split(self, x):  # (B, N, D) -> queries, keys, values, each (B, H, N, D/H)
         return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
 
-    def maps(self, x):  # (B, N, D) -> (B, H, N, N): rows are queries and sum to one
+    def maps(self, x):  # (B, N, D) -> softmax attention (B, H, N, N): one row per query, rows sum to one
         q, k, _ = self.split(x)
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
     def forward(self, x, queries=None):
         q, k, v = self.split(x)
         q = q[:, :, :queries]
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the fused backward is 6x slower there
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there the fused kernel's backward is 6x slower
             x = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)
@@ -140,31 +121,30 @@ class Attention(nn.Module):
 class Mlp(nn.Sequential):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1, self.act, self.fc2 = Linear(dim, hidden), nn.GELU(), Linear(hidden, dim)
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, drop_path=0.0, mlp_ratio=4, norm=None):
+    def __init__(self, dim, heads, drop_path=0.0, mlp_ratio=4, norm=lambda dim: nn.LayerNorm(dim, eps=1e-6)):
         super().__init__()
-        norm = norm or functools.partial(nn.LayerNorm, eps=1e-6)
         self.norm1, self.norm2 = norm(dim), norm(dim)
         self.attn, self.mlp = Attention(dim, heads), Mlp(dim, mlp_ratio * dim)
         self.drop_path = drop_path
 
     def forward(self, x, queries=None):
-        """(B, N, D) -> (B, N, D). With `queries`, only the first so many tokens are computed (all are attended to)."""
+        """(B, N, D) -> (B, N, D). `queries`: compute only the first so many tokens; they still attend to all."""
         p = self.drop_path if self.training else 0
         x = x[:, :queries] + drop_path(self.attn(self.norm1(x), queries), p)
         return x + drop_path(self.mlp(self.norm2(x)), p)
 
 
 class ViT(nn.Module):
-    """Vision Transformer with a CLS token: images (B, C, height, width) -> normalised tokens (B, 1+N, D), CLS first.
+    """Vision Transformer with a CLS token: images (B, C, h, w) -> normalised tokens (B, 1+N, D), CLS first.
 
-    Another image size than `img_size` is accepted if the patch divides it; positions are then interpolated (bicubic,
-    to an explicit size, in fp32). DINO interpolates by a scale factor plus 0.1 patches, which samples slightly other
-    places: at such sizes entries of CLS differ by about 0.02. Raises InputError (a ValueError)
-    where the patch does not divide the image. The pieces `embed`, `blocks` and `norm` can be called one by one.
+    Images may have another size than `img_size`, as long as the patch size divides it: position embeddings are then
+    interpolated (bicubic, to the exact size; DINO's scale factor plus 0.1 changes entries of CLS by about 0.02).
+    pos: "learned", or "sincos" for fixed ones. norm: False leaves out the final LayerNorm (SiameseIM).
+    Raises InputError, a ValueError, where sizes do not fit. `embed`, `blocks` and `norm` can be called one by one.
     """
 
     def __init__(
@@ -172,9 +152,8 @@ class ViT(nn.Module):
     ):
         super().__init__()
         size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
-        self.config = dict(
-            img_size=size, patch=patch, in_chans=in_chans, dim=dim, depth=depth, heads=heads, pos=pos, norm=norm
-        )
+        self.config = dict(img_size=size, patch=patch, in_chans=in_chans, dim=dim, depth=depth, heads=heads)
+        self.config.update(pos=pos, norm=norm)  # ViT(**config) is the same network again
         self.patch, self.grid, self.dim = patch, self.grid_of(size, patch), dim
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, dim, patch, patch)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -182,7 +161,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim), requires_grad=pos == "learned")
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()  # SiameseIM's encoder has none
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -190,13 +169,13 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if pos == "sincos":
-            y, x = torch.meshgrid(*map(torch.arange, self.grid), indexing="ij")
-            self.pos_embed.data = F.pad(sincos(y.flatten(), x.flatten(), dim), (0, 0, 1, 0))[None]  # CLS: zeros
+            self.pos_embed.data = sincos_grid(self.grid, dim)
 
     @staticmethod
     def grid_of(size, patch):
+        """The grid (h, w) of patches in an image of `size` (h, w) px."""
         if size[0] % patch or size[1] % patch:
-            raise InputError(f"the image size {size[0]}x{size[1]} is not a multiple of the patch, {patch}")
+            raise InputError(f"the image size {size[0]}x{size[1]} is not a multiple of the patch size, {patch}")
         return size[0] // patch, size[1] // patch
 
     def positions(self, grid):
@@ -207,31 +186,31 @@ class ViT(nn.Module):
         pos = F.interpolate(pos, size=grid, mode="bicubic", align_corners=False)
         return torch.cat([self.pos_embed[:, :1], rearrange(pos, "1 d h w -> 1 (h w) d")], dim=1)
 
-    def embed(self, imgs, keep=None):
-        """Images to CLS and patch tokens with positions, (B, 1+N, D); with `keep` (B, n) only those patches."""
+    def embed(self, imgs, visible=None):
+        """CLS and patch tokens with their positions, (B, 1+N, D); with `visible` (B, n) only those patches."""
         pos = self.positions(self.grid_of(imgs.shape[-2:], self.patch)).expand(len(imgs), -1, -1)
         cls, pos = self.cls_token + pos[:, :1], pos[:, 1:]
         x = rearrange(imgs, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-        if keep is not None:  # before the projection: what is hidden costs nothing
-            x, pos = (t.gather(1, keep[..., None].expand(-1, -1, t.shape[-1])) for t in (x, pos))
+        if visible is not None:  # before the projection, so that hidden patches are never projected
+            x, pos = gather_tokens(x, visible), gather_tokens(pos, visible)
         proj = self.patch_embed["proj"]  # a convolution of stride P is a linear layer on patches
-        return torch.cat([cls, linear(x, proj.weight.flatten(1), proj.bias) + pos], dim=1)
+        return torch.cat([cls, F.linear(x, proj.weight.flatten(1), proj.bias) + pos], dim=1)
 
-    def forward(self, imgs):
-        x = self.embed(imgs)
+    def forward(self, imgs, visible=None):
+        x = self.embed(imgs, visible)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def cls(self, imgs):
-        """forward(imgs)[:, 0], (B, D): all but the CLS token are left out of the last block, which needs no others."""
+        """forward(imgs)[:, 0], (B, D), faster: the last block computes the CLS token alone, as nothing else is read."""
         x = self.embed(imgs)
         for block in self.blocks[:-1]:
             x = block(x)
         return self.norm(self.blocks[-1](x, queries=1))[:, 0]
 
     def layers(self, imgs):
-        """Tokens after each block, each through the final norm: a list of depth x (B, 1+N, D)."""
+        """The tokens after each block, through the final norm: a list of `depth` tensors (B, 1+N, D)."""
         x, out = self.embed(imgs), []
         for block in self.blocks:
             x = block(x)
@@ -239,7 +218,7 @@ class ViT(nn.Module):
         return out
 
     def attention(self, imgs, layer=-1):
-        """Softmax attention of one block, (B, H, 1+N, 1+N); row 0 is where the CLS token looks."""
+        """Softmax attention of one block, (B, H, 1+N, 1+N); row 0 shows where the CLS token attends."""
         x = self.embed(imgs)
         for block in self.blocks[:layer]:
             x = block(x)
@@ -247,65 +226,43 @@ class ViT(nn.Module):
         return block.attn.maps(block.norm1(x))
 
     def encode(self, imgs, feature="cls"):
-        """One vector per image: feature "cls" (CLS token) or "mean" (mean patch token), (B, D); "both": (B, 2D)."""
+        """One vector per image: "cls", the CLS token (B, D); "mean", the mean patch token; "both", (B, 2D)."""
         return self.cls(imgs) if feature == "cls" else pooled(self(imgs), feature)
 
 
 def pooled(x, feature):
-    """Tokens (B, 1+N, D) to their CLS token, their mean patch token, or both side by side: (B, D) or (B, 2 D)."""
+    """The CLS token of x (B, 1+N, D), its mean patch token, or both side by side: (B, D), (B, D) or (B, 2D)."""
     cls, mean = x[:, 0], x[:, 1:].mean(dim=1)
     return dict(cls=cls, mean=mean, both=torch.cat([cls, mean], dim=1))[feature]
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def cli(main):
-    """Decorator for main(argv): an InputError becomes one line on stderr and exit code 2, a dead worker's end one line
-    and exit code 1.
-    """
-
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        try:
-            result = main(argv)
-            # All is printed and saved. Gloo's teardown aborts after that, one time in twenty: leave without it.
-            if dist.is_initialized() and main.__module__ == "__main__":
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(0)
-            return result
-        except InputError as e:
-            print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
-        except RuntimeError as e:
-            if "DataLoader worker" not in str(e):
-                raise
-            hint = "out of memory? The same command goes on from the last checkpoint; --workers 0 does without them"
-            print(f"{Path(sys.argv[0]).name}: error: a process that decodes images died ({hint})", file=sys.stderr)
-            raise SystemExit(1) from None
-        finally:
-            Run.leave_behind()
-
-    return wrapped
-
-
-# Images ---------------------------------------------------------------------------------------------------------------
+# 2 images -------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"}
-BROKEN = (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError)  # Pillow raises every one of these,
-BROKEN += (struct.error, Image.DecompressionBombError)  # and these, on some file
+IN_MEMORY = 2**31  # bytes: larger sets are decoded again and again as they are needed
+
+
+@contextlib.contextmanager
+def reading(file, kind):
+    """Damaged bytes make Pillow, numpy and torch raise a dozen kinds of errors: all become one line, an InputError."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as e:
+        why = (str(e) or "damaged").splitlines()[0][:100]
+        raise InputError(f"{file} is not a readable {kind} ({type(e).__name__}: {why})") from e
 
 
 def decode(file, side):
     """An image file (or open binary file) as uint8 RGB (3, h, w), its short side resized to `side` px, upright."""
-    with Image.open(file) as img:
+    with reading(file, "image"), Image.open(file) as img:
         img.draft("RGB", (side, side))  # JPEG: decode at 1/2, 1/4, 1/8 where that is still larger than needed
         img = ImageOps.exif_transpose(img)
         if img.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would clip at 255
             x = np.asarray(img, dtype=np.float64)
             img = Image.fromarray((x * 255 / max(x.max(), 65535 if img.mode[0] == "I" else 1e-9)).astype(np.uint8))
-        if "A" in img.mode or "transparency" in img.info:  # what shows through is white
+        if "A" in img.mode or "transparency" in img.info:  # white behind what is transparent
             img = img.convert("RGBA")
             img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
         img = img.convert("RGB")
@@ -319,6 +276,14 @@ def decode(file, side):
         return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()
 
 
+def decode_first(files):
+    """The first readable file of a list, at its own size: (3, h, w)."""
+    for file in files[:100]:
+        with contextlib.suppress(InputError, OSError), Image.open(file) as img:
+            return decode(file, min(img.size))
+    raise InputError(f"none of the first {min(100, len(files))} images can be read, such as {files[0]}")
+
+
 def square(img, offset=0.5):
     """The (C, S, S) square of (C, h, w) whose place along the long side is `offset`, in [0, 1]."""
     h, w = img.shape[-2:]
@@ -328,69 +293,101 @@ def square(img, offset=0.5):
 
 
 def read_square(file, side, channels=3):
-    """The middle square of one image file of a user's, for a network of 3 channels or 1: uint8 (1, C, side, side)."""
-    try:
-        img = square(decode(file, side))[None]
-    except BROKEN as e:
-        raise InputError(f"{file} is not a readable image ({e})") from None
+    """The middle square of one image file, for a network of 3 channels or 1: uint8 (1, channels, side, side)."""
+    img = square(decode(file, side))[None]
     if channels not in (1, 3):
-        raise InputError(f"{file} is an image of 3 channels, the network takes {channels}")
+        raise InputError(f"{file} is an image of 3 channels, but the network takes {channels}")
     return img if channels == 3 else img.float().mean(dim=1, keepdim=True).round().byte()
 
 
 class Images(torch.utils.data.Dataset):
-    """Square uint8 images of one split: `images[i, offset]` is (C, S, S). Made by load_images.
+    """Square uint8 images: `images[i, offset]` is (C, S, S), cut at `offset` (0 to 1) along the long side.
 
-    files: paths (strings), or None with `pixels`: uint8 (N, C, S, S), or a list of (C, h, w) where shapes differ.
-    labels: (N,) int64, numbered from 0, or None. classes: their names. side: S, px.
+    items: any sequence of image files (str or Path) or of decoded images, uint8 (C, h, w), such as a tensor
+    (N, C, h, w) or a data set of your own. labels: int64 (N,), numbered from 0, or None; classes: their names.
+    side: S in px; items of another size are resized.
     """
 
-    def __init__(self, files=None, pixels=None, labels=None, classes=(), side=None):
-        self.files, self.pixels, self.labels, self.classes, self.side = files, pixels, labels, list(classes), side
-        self.channels = 3 if pixels is None else pixels[0].shape[0]
+    def __init__(self, items, labels=None, classes=(), side=None):
+        self.items, self.labels, self.classes, first = items, labels, list(classes), items[0]
+        self.channels = len(first) if torch.is_tensor(first) else 3
+        self.side = side or min((first if torch.is_tensor(first) else decode_first(items)).shape[-2:])
 
     def __len__(self):
-        return len(self.files if self.pixels is None else self.pixels)
+        return len(self.items)
+
+    def read(self, i):
+        """Image i, uint8 (C, h, w), its short side `self.side` px. Raises InputError where it cannot be read."""
+        x = self.items[i]
+        x = x if torch.is_tensor(x) else decode(x, self.side)
+        if min(x.shape[-2:]) == self.side:
+            return x
+        return TF.resize(x, [self.side], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
 
     def __getitem__(self, key):
         i, offset = key
-        if self.pixels is not None:
-            return square(self.pixels[i], offset)
-        for j in range(i, i + 100):  # a file that cannot be read is replaced by the next that can
-            name = self.files[j % len(self)]
+        for j in range(i, i + 100):  # a file that cannot be read is replaced by the next one that can, with its label
             try:
-                return square(decode(name, self.side), offset)
-            except BROKEN as e:
-                warnings.warn(f"skipped an unreadable image: {name} ({type(e).__name__}: {e})", stacklevel=2)
-        raise InputError(f"100 unreadable images in a row, the last one {name}")
+                img = square(self.read(j % len(self)), offset)
+            except InputError as e:
+                warnings.warn(f"skipped an unreadable image: {e}", stacklevel=2)
+                continue
+            if j > i and self.labels is not None:
+                self.labels[i] = self.labels[j % len(self)]
+            return img
+        raise InputError(f"100 unreadable images in a row, the first one {self.items[i]}")
 
-    def stats(self):
-        """Mean and standard deviation of each channel over at most 1,000 images, in [0, 1]: two lists."""
-        sums = [[(self[i, 0.5].double() / 255).pow(k).mean((1, 2)) for k in (1, 2)] for i in spaced(len(self), 1000)]
-        mean, square_mean = (torch.stack(s).mean(0) for s in zip(*sums, strict=True))
-        return mean.tolist(), (square_mean - mean**2).clamp(min=1e-6).sqrt().tolist()
+    def at(self, side, quiet=False):
+        """The same images with side `side`, in memory if they fit; then unreadable ones are left out and named."""
+        images = Images(self.items, self.labels, self.classes, side)
+        if torch.is_tensor(self.items) and side == self.side or len(self) * self.channels * side**2 > IN_MEMORY:
+            return images
+
+        def read(i):
+            try:
+                return images.read(i)
+            except InputError as e:
+                return str(e)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():  # Pillow decodes without the GIL
+            warnings.simplefilter("ignore")  # remarks on odd metadata
+            found = pool.map(read, range(len(self)))
+            found = list(tqdm(found, "decoding", len(self), leave=False, disable=True if quiet else None))
+        bad = [x for x in found if isinstance(x, str)]
+        if bad and not quiet:
+            print(f"skipped {len(bad)} unreadable images of {len(found)}: {'; '.join(bad[:5])}", file=sys.stderr)
+        good = [i for i, x in enumerate(found) if torch.is_tensor(x)]
+        if not good:
+            raise InputError(f"none of the {len(found)} images can be read, such as {bad[0]}")
+        pixels = [found[i] for i in good]
+        pixels = torch.stack(pixels) if len({x.shape for x in pixels}) == 1 else pixels
+        return Images(pixels, None if self.labels is None else self.labels[good], self.classes, side)
 
     def pick(self, index):
         """The images of these indices, in this order."""
         index = list(index)
-        labels = None if self.labels is None else self.labels[index]
-        if self.pixels is None:
-            return Images([self.files[i] for i in index], None, labels, self.classes, self.side)
-        pixels = self.pixels[index] if torch.is_tensor(self.pixels) else [self.pixels[i] for i in index]
-        return Images(None, pixels, labels, self.classes, self.side)
+        if torch.is_tensor(self.items):
+            items = self.items[index]
+        elif isinstance(self.items, list):
+            items = [self.items[i] for i in index]
+        else:
+            items = torch.utils.data.Subset(self.items, index)
+        return Images(items, None if self.labels is None else self.labels[index], self.classes, self.side)
 
     def subset(self, n):
         """At most n images, evenly spaced, so that every class keeps its share."""
-        return self if n >= len(self) else self.pick(spaced(len(self), n))
+        return self if n >= len(self) else self.pick(np.linspace(0, len(self) - 1, n).astype(int).tolist())
 
-
-def spaced(n, count):
-    """At most `count` indices below n, evenly spaced."""
-    return np.linspace(0, n - 1, min(n, count)).astype(int).tolist()
+    def stats(self):
+        """Mean and standard deviation of each channel, in [0, 1], of at most 1,000 images: two lists."""
+        some = self.subset(1000)
+        sums = [[(some[i, 0.5].double() / 255).pow(k).mean((1, 2)) for k in (1, 2)] for i in range(len(some))]
+        mean, square_mean = (torch.stack(s).mean(0) for s in zip(*sums, strict=True))
+        return mean.tolist(), (square_mean - mean**2).clamp(min=1e-6).sqrt().tolist()
 
 
 def list_images(root):
-    """All image files below a folder, sorted, links followed once. 100,000 files take well under a second."""
+    """All image files below a folder, sorted. Links to folders are followed once."""
     found, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         key = os.stat(folder)
@@ -402,203 +399,415 @@ def list_images(root):
     return sorted(found)
 
 
-def folder_split(root, split):
-    """Files and class names (or None) of a folder in one of three layouts: train/ and val/ or test/; classes; loose."""
+def open_folder(root):
+    """Files and class names, for each split, of a folder: train/ and test/ or val/; class folders; loose images."""
     parts = {d.name.lower(): d for d in root.iterdir() if d.is_dir()}
-    other = parts.get("test") or parts.get("val")
-    base = root if "train" not in parts else other if other and split == "test" else parts["train"]
-    files = list_images(base)
-    if not files:
-        raise InputError(f"no images in {base} (looked for {' '.join(sorted(SUFFIXES))})")
-    return files, class_names(files, base), "train" in parts and other is not None
+    test = parts.get("test") or parts.get("val")
+    splits = []
+    for folder in [root] if "train" not in parts else [parts["train"], test] if test else [parts["train"]]:
+        files = list_images(folder)
+        if not files:
+            raise InputError(f"no images in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
+        names = [os.path.relpath(f, folder).split(os.sep) for f in files]
+        unlabelled = any(len(n) == 1 for n in names) or len({n[0] for n in names}) == 1  # loose, or all in one folder
+        splits.append((files, None if unlabelled else [n[0] for n in names]))
+    return splits
 
 
-def class_names(files, base):
-    """The first folder below `base` of each file; None where a file lies in `base` itself, or all in one folder."""
-    names = [os.path.relpath(f, base).split(os.sep) for f in files]
-    if any(len(n) == 1 for n in names) or len({n[0] for n in names}) == 1:
-        return None
-    return [n[0] for n in names]
+def open_npz(file, label):
+    """Arrays of an .npz, for each split: train_images, train_labels, test_images, ... or images and labels."""
+    splits = []
+    with np.load(file, allow_pickle=False) as z:
+        if "train_images" not in z and "images" not in z:
+            raise InputError(f"{file} holds neither train_images nor images: see --data in --help")
+        test = [f"{part}_" for part in ("test", "val") if f"{part}_images" in z][:1]
+        for prefix in ["train_", *test] if "train_images" in z else [""]:
+            images, labels = z[f"{prefix}images"], z.get(f"{prefix}{label}")
+            if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+                found = f"{images.dtype} {images.shape}"
+                raise InputError(f"{file}: images must be uint8 (N, H, W) or (N, H, W, C), not {found}")
+            images = np.repeat(images[..., None], 3, axis=-1) if images.ndim == 3 else images  # grey to RGB
+            if labels is not None:  # several for each image, or not one for each: no classes
+                labels = labels.reshape(-1) if labels.ndim and labels.size == len(labels) == len(images) else None
+            splits.append((torch.from_numpy(images).permute(0, 3, 1, 2), labels))
+    return splits
 
 
-def load_npz(file, split, label="labels"):
-    """Arrays of an .npz: MedMNIST's keys (train_images, train_labels, test_images, ...) or images and labels."""
+def open_cifar(name):
+    """Images and labels of both splits, downloaded into data/ on first use."""
+    from torchvision import datasets
+
     try:
-        with np.load(file, allow_pickle=False) as z:
-            test = next((part for part in ("test", "val") if f"{part}_images" in z), None)
-            prefix = "" if "train_images" not in z else f"{test}_" if test and split == "test" else "train_"
-            images, labels, own = z[f"{prefix}images"], z.get(f"{prefix}{label}"), prefix != "" and test is not None
-    except KeyError:
-        raise InputError(f"{file} holds neither train_images nor images: see --data in the help") from None
-    except Exception as e:  # zipfile, zlib and numpy raise a dozen kinds on damaged bytes
-        raise InputError(f"{file} is not a readable .npz of plain arrays ({e})") from None
-    if bytes in (type(images), type(labels)):  # so numpy hands out a member that is no array
-        raise InputError(f"{file} is not a readable .npz of plain arrays")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
-        raise InputError(f"{file}: images must be uint8 (N, H, W) or (N, H, W, C), not {images.dtype} {images.shape}")
-    if images.ndim == 3:
-        images = np.repeat(images[..., None], 3, axis=-1)  # grey to RGB
-    if labels is not None:  # several for each image, or not one for each: no classes
-        labels = labels.reshape(-1) if labels.ndim and labels.size == len(labels) == len(images) else None
-    return torch.from_numpy(images).permute(0, 3, 1, 2), labels, own
+        sets = [getattr(datasets, name.upper())("data", train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as e:
+        raise InputError(f"{name} could not be downloaded into data/ ({e}): give a folder of images") from None
+    return [(torch.from_numpy(s.data).permute(0, 3, 1, 2), s.targets) for s in sets]
 
 
-def load_images(data="demo.npz", split="train", side=None, max_bytes=2**31, quiet=False, label="labels"):
-    """The images of one split ("train" or "test") as `Images`, squares of `side` px (None: as they are, .npz only).
+def open_images(data="demo.npz", label="labels"):
+    """Training and test images of a data set, two `Images`. Files are listed, not yet decoded: see Images.at.
 
-    data: "demo.npz", any .npz, "cifar10", "cifar100" (downloaded into data/ on first use), a folder with train/ and
-    test/ (or val/) of class folders, a folder of class folders, or a folder of loose images at any depth. Labelled
-    images without a test split of their own give every tenth image to it. Sets of up to max_bytes once decoded are held
-    in memory; their broken files are skipped, counted and named. In larger sets a broken file is named and replaced by
-    the next one. Raises InputError if nothing usable is there.
+    data: "demo.npz", any .npz, "cifar10", "cifar100", a folder with train/ and test/ (or val/) of class folders, a
+    folder of class folders, or a folder of loose images at any depth. Of labelled images without a test split every
+    tenth is a test image; where there are no labels both are the same. Raises InputError if nothing usable is there.
     """
-    path = Path(data)
-    if data in ("cifar10", "cifar100"):
-        from torchvision import datasets
-
-        try:
-            cifar = getattr(datasets, data.upper())("data", train=split == "train", download=True)
-        except (OSError, RuntimeError) as e:
-            raise InputError(f"{data} could not be downloaded into data/ ({e}); give a folder of images") from None
-        pixels, names = torch.from_numpy(cifar.data).permute(0, 3, 1, 2), np.array(cifar.targets)
-        own, files = True, None
-    elif data == "demo.npz" and not path.exists():
-        return load_images(str(Path(__file__).with_name("demo.npz")), split, side, max_bytes, quiet, label)
-    elif path.is_file() and path.suffix == ".npz":
-        (pixels, names, own), files = load_npz(path, split, label), None
-    elif path.is_dir():
-        (files, names, own), pixels = folder_split(path, split), None
-        side = side or min(decode_first(files).shape[-2:])
-    else:
-        raise InputError(f"--data {data}: no such .npz file or folder (or cifar10, cifar100, demo.npz)")
-
-    classes, labels = [], None
-    if names is not None:
-        classes, labels = np.unique(np.asarray(names), return_inverse=True)
-        classes, labels = [str(c) for c in classes], torch.from_numpy(labels.reshape(-1)).long()
-    if not own and names is not None:
-        n = len(files if pixels is None else pixels)
-        pick = [i for i in range(n) if (i % 10 == 9) == (split == "test")] or list(range(n))
-        files, pixels = (files and [files[i] for i in pick]), (pixels if pixels is None else pixels[pick])
-        labels = None if labels is None else labels[pick]
-    if pixels is not None and side and min(pixels.shape[-2:]) != side:
-        pixels = torch.cat([resize(x, side) for x in pixels.split(1000)])
-    images = Images(files, pixels, labels, classes, side or min(pixels.shape[-2:]))
-    if pixels is None and len(files) * 3 * side * side <= max_bytes:
-        images = decode_all(images, quiet)
-    return images
+    path = Path(__file__).with_name("demo.npz") if data == "demo.npz" and not Path(data).exists() else Path(data)
+    with reading(data, "data set"):
+        if data in ("cifar10", "cifar100"):
+            splits = open_cifar(data)
+        elif path.is_dir():
+            splits = open_folder(path)
+        elif path.is_file() and path.suffix == ".npz":
+            splits = open_npz(path, label)
+        else:
+            raise InputError(f"--data {data}: no such .npz file or folder (nor cifar10, cifar100 or demo.npz)")
+        known = [n for _, n in splits if n is not None]
+        classes, numbers = np.unique(np.concatenate(known or [[]]), return_inverse=True)  # alike in both splits
+        labels = list(torch.from_numpy(numbers.reshape(-1)).long().split([len(n) for n in known]))
+        sets = [Images(items, None if n is None else labels.pop(0), map(str, classes)) for items, n in splits]
+    train, test = sets[0], sets[-1]
+    if test is train and train.labels is not None:
+        tenth = range(9, len(train), 10)
+        return train.pick([i for i in range(len(train)) if i not in tenth]), train.pick(tenth or range(len(train)))
+    return train, test
 
 
-def image_side(data):
-    """The side of a data set's images before any resizing, px: what presets are chosen by."""
-    path = Path(data)
-    if data in ("cifar10", "cifar100"):
-        return 32
-    if path.is_dir():
-        return min(decode_first(folder_split(path, "train")[0]).shape[-2:])
-    return load_images(data).side
+def seeded(seed, step):
+    """The CPU generator of a step's random numbers (all but drop path's): the same after a restart, on any rank."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
 
 
-def resize(x, side):
-    """uint8 (B, C, h, w), short side resized to `side` px (bicubic, antialiased)."""
-    h, w = x.shape[-2:]
-    size = (side, max(side, round(w * side / h))) if h < w else (max(side, round(h * side / w)), side)
-    return F.interpolate(x.float(), size=size, mode="bicubic", antialias=True).round().clamp(0, 255).byte()
-
-
-def decode_first(files):
-    """The first readable file of a list, at its own size: (3, h, w)."""
-    for name in files[:100]:
-        try:
-            with Image.open(name) as img:
-                return decode(name, min(img.size))
-        except BROKEN:
-            pass
-    raise InputError(f"none of the first {min(100, len(files))} images can be read, such as {files[0]}")
-
-
-def decode_all(images, quiet=False):
-    """Decodes files into memory, with progress. Pillow decodes outside Python's lock: threads are enough."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    def read(name):
-        try:
-            return decode(name, images.side)
-        except BROKEN as e:
-            return f"{name} ({type(e).__name__}: {e})"
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-        done = pool.map(read, images.files)
-        done = list(tqdm(done, "decoding", len(images), leave=False, disable=True if quiet else None))
-    good = [i for i, x in enumerate(done) if torch.is_tensor(x)]
-    bad = [x for x in done if not torch.is_tensor(x)]
-    if bad and not quiet:
-        print(f"skipped {len(bad)} unreadable images of {len(done)}: {'; '.join(bad[:5])}", file=sys.stderr)
-    if not good:
-        raise InputError(f"none of the {len(done)} images can be read, such as {bad[0]}")
-    pixels = [done[i] for i in good]
-    if len({p.shape for p in pixels}) == 1:
-        pixels = torch.stack(pixels)
-    labels = None if images.labels is None else images.labels[good]
-    return Images(None, pixels, labels, images.classes, images.side)
-
-
-def stream(images, batches, device="cpu", workers=2):
-    """Yields uint8 (B, C, S, S) on the device for each (indices, offsets) of `batches`; files go through workers."""
-    device = torch.device(device)
-    whole = torch.is_tensor(images.pixels) and images.pixels.shape[-1] == images.pixels.shape[-2]
-    if whole:
-        pixels = images.pixels
-        if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] // 4:
-            pixels = pixels.to(device)  # the set itself lies on the device: a batch is an index
-        for indices, _ in batches:
-            yield pixels[torch.as_tensor(indices).to(pixels.device, non_blocking=True)].to(device, non_blocking=True)
-        return
-    keys = (list(zip(i, u, strict=True)) for i, u in batches)
-    if images.pixels is not None:
-        for key in keys:
-            yield torch.stack([images[k] for k in key]).to(device, non_blocking=True)
-        return
-    loader = torch.utils.data.DataLoader(
-        images, batch_sampler=keys, num_workers=workers, worker_init_fn=in_worker, pin_memory=device.type == "cuda"
-    )
-    for batch in loader:
-        yield batch.to(device, non_blocking=True)
+def batches(n, batch, first, stop, seed):
+    """Indices and offsets of this process's images for steps first to stop - 1; the order is new in each epoch."""
+    rank, world = processes()
+    mine = slice(rank * batch // world, (rank + 1) * batch // world)
+    for step in range(first, stop):
+        epoch, at = divmod(step, n // batch)
+        if step == first or at == 0:
+            order = torch.randperm(n, generator=seeded(seed, -1 - epoch))
+        offsets = torch.rand(batch, generator=seeded(seed + 1, step))
+        yield order[at * batch : (at + 1) * batch][mine].tolist(), offsets[mine].tolist()
 
 
 def in_order(images, batch):
-    """What stream() takes to go through all images once: their indices, and the middle square of each."""
+    """What stream() takes to go through all images once: their indices, and the middle of each."""
     return [(i.tolist(), [0.5] * len(i)) for i in torch.arange(len(images)).split(batch)]
 
 
-def in_worker(_):
-    """A process that decodes: signals are its parent's business (torchrun and schedulers send them to all at once, and
-    the parent needs it to the end of the step), and so is the lock on the run's folder.
+def stream(images, keys, device="cpu", workers=2):
+    """Yields uint8 (B, C, S, S) on the device for each (indices, offsets) of `keys`. What is not in memory is decoded by
+    as many processes as there are workers.
     """
+    device, items = torch.device(device), images.items
+    if torch.is_tensor(items) and items.shape[-2:] == (images.side, images.side):
+        if device.type == "cuda" and items.numel() < torch.cuda.mem_get_info(device)[0] // 4:
+            items = items.to(device)  # the whole set lies on the device: a batch is an index
+        for index, _ in keys:
+            yield to_device(items[torch.as_tensor(index).to(items.device, non_blocking=True)], device)
+        return
+    keys = (list(zip(i, offsets, strict=True)) for i, offsets in keys)
+    if isinstance(items, list) and torch.is_tensor(items[0]):
+        for key in keys:
+            yield to_device(torch.stack([images[k] for k in key]), device)
+        return
+    if images.labels is not None:
+        images.labels.share_memory_()  # a process that decodes corrects the label where it skips a file
+    for batch in torch.utils.data.DataLoader(
+        images, batch_sampler=keys, num_workers=workers, worker_init_fn=in_worker, pin_memory=device.type == "cuda"
+    ):
+        yield batch.to(device, non_blocking=True)
+
+
+def in_worker(_):
+    """A process that decodes leaves signals, which often go to the whole group, and the run's lock to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if Run.lock:
         Run.lock.close()
 
 
-def prepare(imgs, img_size, mean, std):
-    """uint8 (B, C, S, S) -> network input (B, C, height, width) for evaluation: resize, centre crop, normalise.
+def to_device(x, device):
+    """x on the device, by way of pinned memory, so that the host does not wait for the copy."""
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
-    Above 64 px the crop is 7/8 of the resized image, as 224 of 256 px are on ImageNet, unless it has that size already.
+
+def resize_side(img_size):
+    """The side to which evaluation resizes before its centre crop: 8/7 of a network's above 64 px (224 px: 256 px)."""
+    return max(img_size) if max(img_size) <= 64 else round(max(img_size) * 8 / 7)
+
+
+def prepare(imgs, config):
+    """uint8 (B, C, S, S) -> network input (B, C, h, w) for evaluation: resize, centre crop, normalise.
+
+    config: img_size (h, w), mean and std (lists), as load_encoder returns them. Images that have img_size already
+    are only normalised.
     """
-    x = imgs.float() / 255
-    h, w = img_size
-    if x.shape[-2:] != (h, w):
-        side = max(h, w) if max(h, w) <= 64 else round(max(h, w) * 8 / 7)
-        x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        y0, x0 = (side - h) // 2, (side - w) // 2
-        x = x[..., y0 : y0 + h, x0 : x0 + w]
-    mean, std = (torch.tensor(s, device=x.device).view(1, -1, 1, 1) for s in (mean, std))
-    return (x - mean) / std
+    x, side = imgs.float() / 255, resize_side(config["img_size"])
+    if x.shape[-2:] != tuple(config["img_size"]):
+        x = TF.resize(x, [side, side], interpolation=TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        x = TF.center_crop(x, config["img_size"])
+    return TF.normalize(x, config["mean"], config["std"])
 
 
-# Checkpoints ----------------------------------------------------------------------------------------------------------
+# 3 views --------------------------------------------------------------------------------------------------------------
+
+
+def sample_boxes(shape, side, scale, aspect, g):
+    """Random boxes y, x, height, width (*shape, 4) in px of a square image, by the rule of RandomResizedCrop.
+
+    The area is uniform in `scale`, the log aspect ratio uniform in 3/4 to 4/3 (times `aspect`, that of the output); of
+    ten tries the first that fits, else the whole image.
+    """
+    area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
+    ratio = aspect * torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
+    first = fits.int().argmax(-1, keepdim=True)
+    h, w = (torch.where(fits, t, side).gather(-1, first)[..., 0] for t in (h, w))
+    y, x = ((torch.rand(shape, generator=g) * (side - t + 1)).floor() for t in (h, w))
+    return torch.stack([y, x, h, w], dim=-1)
+
+
+def resize_weights(start, length, flip, out, side):
+    """The matrix that resamples the pixels [start, start+length) of `side` to `out` ones: (..., out, side).
+
+    Bicubic (a = -0.5) and antialiased: the kernel is stretched where the crop shrinks, as in Pillow and F.interpolate.
+    """
+    i = torch.arange(out, device=start.device)
+    i = torch.where(flip[..., None], out - 1 - i, i)
+    scale = (length / out)[..., None]
+    center = start[..., None] + (i + 0.5) * scale
+    pixel = torch.arange(side, device=start.device) + 0.5
+    x = ((pixel - center[..., None]) / scale.clamp(min=1)[..., None]).abs()
+    w = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2))
+    start, length = start[..., None, None], length[..., None, None]
+    w = w * ((pixel > start) & (pixel < start + length))
+    return w / w.sum(dim=-1, keepdim=True)
+
+
+def crop_resize(imgs, box, flip, size):
+    """Crops (B, V, 4) of images (B, C, S, S), resized to `size`, maybe flipped: (V·B, C, h, w), Wy @ img @ Wxᵀ."""
+    (y, x, h, w), side, c = box.unbind(-1), imgs.shape[-1], imgs.shape[1]
+    wy = resize_weights(y, h, torch.zeros_like(flip), size[0], side)  # (B, V, h, S)
+    wx = resize_weights(x, w, flip, size[1], side)  # (B, V, w, S)
+    rows = rearrange(wy, "b v i s -> b (v i) s") @ rearrange(imgs, "b c s t -> b s (c t)")
+    rows = rearrange(rows, "b (v i) (c t) -> (b v) (c i) t", c=c, i=size[0])
+    crops = rows @ rearrange(wx, "b v j t -> (b v) t j")
+    return rearrange(crops, "(b v) (c i) j -> (v b) c i j", v=box.shape[1], c=c).clamp(0, 1)
+
+
+def gray(x):  # (B, 3, h, w) -> (B, 1, h, w): luma of ITU-R 601
+    r, g, b = x.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
+
+
+def blend(x, other, factor):  # other + factor (x - other): brightness, contrast and saturation are all this
+    return torch.lerp(other, x, factor).clamp(0, 1)
+
+
+def shift_hue(x, shift):
+    """x (B, 3, h, w) with its hue turned by `shift` (B, 1, 1, 1), a share of the circle; value and saturation stay."""
+    top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
+    chroma = top - low
+    r, g, b = x.split(1, dim=1)
+    sector = torch.where(top == r, (g - b), torch.where(top == g, (b - r), (r - g)))
+    offset = torch.where(top == r, 0.0, torch.where(top == g, 2.0, 4.0))
+    hue = sector / chroma.clamp(min=1e-8) + offset + 6 * shift
+    k = (hue + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6  # 5, 3, 1 for red, green, blue
+    return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x, sigma, radius):
+    """x (B, C, h, w) blurred by sigma (B,) px. Kernel of 2 radius + 1 px, borders reflected; two matrix products."""
+
+    def matrix(n):
+        r = min(radius, n - 1)
+        k = torch.arange(-r, r + 1, device=x.device)
+        weight = torch.exp(-0.5 * (k / sigma[:, None].clamp(min=1e-3)) ** 2)
+        source = (torch.arange(n, device=x.device)[:, None] + k).abs()  # pixel i takes weight k from pixel i + k,
+        source = torch.where(source < n, source, 2 * n - 2 - source)  # reflected at the borders
+        spread = F.one_hot(source, n).to(x)  # (n, 2r+1, n)
+        return torch.einsum("bk,ikj->bij", weight / weight.sum(dim=1, keepdim=True), spread)[:, None]
+
+    return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).transpose(-2, -1)
+
+
+# 4 training step ------------------------------------------------------------------------------------------------------
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)  # --precision
+
+
+def autocast(device, precision):
+    """Computes matrix products in `precision`; weights and their gradients stay in fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def cosine(step, total, start, end, warmup=0):
+    """Linear from 0 to `start` in `warmup` steps, the last of which reaches it, then a cosine to `end`."""
+    warmup = round(warmup)
+    if step < warmup:
+        return start * step / max(1, warmup - 1)
+    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+def adamw(net, precision, betas=(0.9, 0.999)):
+    """AdamW for the parameters that learn, matrices in the group with weight decay; and fp16's gradient scaler."""
+    params = [p for p in net.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim <= 1])]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+    return optimizer, torch.amp.GradScaler(params[0].device.type, enabled=precision == "fp16")
+
+
+def set_rates(optimizer, lr, weight_decay):
+    """This step's learning rate, and weight decay: of matrices, not of biases and norms."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+def processes():
+    """This process's rank and the number of processes; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mean_over_processes(x):
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
+def gather(x):
+    """A list of every process's x, all of one shape."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
+
+
+def my_rows(draws, device):
+    """This process's rows of the whole batch's random numbers (a dict of tensors, or several), on the device."""
+    if not isinstance(draws, dict):
+        return [my_rows(d, device) for d in draws]
+    rank, world = processes()
+    return {k: to_device(v.chunk(world)[rank], device) for k, v in draws.items()}
+
+
+def micro_batches(n, *parts):
+    """The rows of tensors, and of dicts of tensors, in n equal shares: yields n tuples."""
+    rows = lambda x, i: {k: v.chunk(n)[i] for k, v in x.items()} if isinstance(x, dict) else x.chunk(n)[i]
+    for i in range(n):
+        yield tuple(rows(x, i) for x in parts)
+
+
+@torch.no_grad()
+def average_and_clip(optimizer, scaler, clip, each=False):
+    """Gradients: the mean over processes, fp16's scale taken out, clipped to a norm. Returns the norm before, ().
+
+    clip: limit of the norm of all gradients together, or with `each` of each parameter's own (DINO); 0 turns it off.
+    Averaged here and not by DistributedDataParallel, whose wrapper would need exceptions for frozen parameters, for
+    several forward passes before a step and for accumulation, and puts a prefix in front of every name that is saved.
+    """
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    if dist.is_initialized():
+        flat = mean_over_processes(torch.cat([g.flatten() for g in grads]))
+        parts = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+    scaler.unscale_(optimizer)
+    norms = torch.stack(torch._foreach_norm(grads))
+    norm = norms.norm()
+    if clip:
+        scale = clip / ((norms if each else norm.expand(len(norms))) + 1e-6)
+        torch._foreach_mul_(grads, list(scale.clamp(max=1).unbind()))
+    return norm
+
+
+@torch.no_grad()
+def ema_update(teacher, student, weight):
+    """teacher += weight (student - teacher), in three kernels. weight: tensor (); 0 changes nothing."""
+    old, new = list(teacher.parameters()), list(student.parameters())
+    change = torch._foreach_sub(new, old)
+    torch._foreach_mul_(change, weight)
+    torch._foreach_add_(old, change)
+
+
+def check_momentum(momentum, steps):
+    """Warns if much of the initial teacher is left at the end (.9999, rising to 1: 37 % after 20,000 steps)."""
+    left = math.prod(cosine(s, steps, momentum, 1.0) for s in range(steps))
+    if left > 0.1 and processes()[0] == 0:
+        print(f"warning: {left:.0%} of the initial teacher would be left after {steps} steps: lower --momentum")
+
+
+def spread(x):
+    """How much tokens (B, n, D) differ: standard deviation over tokens and images, mean over entries. 0: collapsed."""
+    return x.detach().flatten(0, 1).std(dim=0).mean()
+
+
+# 5 evaluation ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def features(vit, images, config, device, precision="fp32", batch=256, workers=2):
+    """One vector per image, vit.encode(x, config["feature"]): (N, D), fp32, on the device.
+
+    vit None: raw pixels, normalised by channel, at most 32 x 32 of them. With several processes, all of which must
+    call this, each encodes its share, and all get all rows.
+    """
+    rank, world = processes()
+    mine = images if world == 1 else images.pick(range(rank, len(images), world))
+    out, done = None, 0
+    for imgs in stream(mine, in_order(mine, batch), device, workers):
+        x = prepare(imgs, config)
+        with autocast(device, precision):
+            small = lambda x: F.adaptive_avg_pool2d(x, [min(32, s) for s in x.shape[-2:]]).flatten(1)
+            found = small(x) if vit is None else vit.encode(x, config["feature"]).float()
+        if out is None:  # preallocated, so that memory does not fragment
+            out = found.new_zeros(-(-len(images) // world), found.shape[1])
+        out[done : done + len(found)] = found
+        done += len(found)
+    return out if world == 1 else torch.stack(gather(out), dim=1).flatten(0, 1)[: len(images)]
+
+
+def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chunk_bytes=2**28):
+    """Weighted k-NN (Wu et al., arXiv 1805.01978; DINO, appendix F.1): a neighbour votes exp(cosine / temperature).
+
+    train (M, D), test (N, D): features of any length. labels: int64, numbered from 0. Returns {k: (top-1, top-5)} in
+    percent. k is at most M; with fewer than 5 classes or neighbours top-5 is among as many as there are.
+    """
+    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    hits = {k: torch.zeros(2, device=train.device) for k in ks}
+    for x, y in zip(*(t.split(max(1, chunk_bytes // (4 * len(train)))) for t in (test, test_labels)), strict=True):
+        similar, index = (x @ train.T).topk(min(max(ks), len(train)), dim=1)
+        for k in ks:
+            votes = torch.zeros(len(x), classes, device=x.device)
+            weight = ((similar[:, :k] - similar[:, :1]) / temperature).exp()  # relative to the nearest's: none is inf
+            votes.scatter_add_(1, train_labels[index[:, :k]], weight)
+            best = votes.sort(dim=1, descending=True, stable=True)[1][:, : min(5, k)]  # ties: the lower label
+            right = best == y[:, None]
+            hits[k] += torch.stack([right[:, 0].sum(), right.sum()])
+    return {k: tuple((100 * h / len(test)).tolist()) for k, h in hits.items()}
+
+
+def attention_mask(maps, mass=0.6):
+    """The patches that hold `mass` of the attention, largest first (DINO, Figure 4). maps (..., N) -> bool (..., N)."""
+    value, order = (maps / maps.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True)
+    kept = value.cumsum(dim=-1) - value < mass  # up to and including the patch that reaches it
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def save_grid(columns, file, tile=96):
+    """A picture with one row per image. columns: each (B, C, h, w) in [0, 1], any size; enlarged to `tile` px."""
+    size = [tile * s // max(columns[0].shape[-2:]) for s in columns[0].shape[-2:]]
+    rgb = lambda x: x[:, [0, 1, 2] if x.shape[1] == 3 else [0, 0, 0]].float().clamp(0, 1)
+    rows = torch.stack([F.interpolate(rgb(x), size=size).cpu() for x in columns], dim=1).flatten(0, 1)
+    save_image(make_grid(rows, nrow=len(columns), padding=2, pad_value=1), file)
+
+
+# 6 checkpoints --------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(file, state):
@@ -617,47 +826,54 @@ def save_checkpoint(file, state):
 
 
 def load_checkpoint(file):
-    """Reads a checkpoint without running any code in it. Raises InputError that says what is wrong with the file."""
+    """What a checkpoint holds. Never runs code from the file. Raises InputError that says what is wrong with it."""
     if not Path(file).is_file():
         raise InputError(f"no checkpoint at {file}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their options so
+    with reading(file, "checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):  # DINO saves its options
+        try:
             return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        name = re.search(r"GLOBAL (\S+)", str(e))
-        what = f"it wants to run {name[1]}: refused" if name else "neither weights nor a checkpoint"
-    except Exception as e:  # of damaged bytes, torch's readers raise any kind, some without a word
-        what = (str(e) or type(e).__name__).splitlines()[0][:100]
-    raise InputError(f"{file} is not a readable checkpoint ({what})")
+        except pickle.UnpicklingError as e:
+            name = re.search(r"GLOBAL (\S+)", str(e))
+            what = f"refused, it wants to run {name[1]}" if name else "neither weights nor a checkpoint"
+            raise InputError(f"{file} is not a readable checkpoint ({what})") from None
 
 
 PREFIXES = re.compile(r"^(module|backbone|_orig_mod|teacher|student|encoder|model|vit|net|base_encoder)\.")
+OTHER_NETWORKS = re.compile(
+    r"^(blocks|fc_norm|norm_pre|patch_embed|cls_|reg|storage|dist_)|gamma|rel_pos|relative|rope"
+)
 
 
-def load_encoder(file, strict=True, quiet=False):
+def load_encoder(file, heads=None, quiet=False):
     """A ViT with the weights of a checkpoint, and what is needed to use it: (vit, config).
 
-    Reads ours (last.pt, weights/*.pt), the authors' (DINO, MAE, SiameseIM) and timm's state dicts; wrappers' prefixes
-    are stripped. config: the ViT's arguments, mean, std (lists, of [0, 1] pixels) and feature ("cls" or "mean").
-    Raises InputError if a parameter of the ViT is missing or has another shape, unless strict=False.
+    Reads ours (last.pt, weights/*.pt), the authors' (DINO, MAE, PCAE, SiameseIM) and timm's files; wrappers' prefixes
+    are stripped. config: the ViT's arguments, mean and std (of pixels in [0, 1]), and feature, the vector that the
+    method's authors evaluate: "cls", or "mean" for SiameseIM. heads: files of others do not tell; those that SIZES has
+    for the width are assumed. Raises InputError where a tensor is missing or has another shape, and for parts that
+    would be left out although they change the output (fc_norm, register tokens, LayerScale, relative positions).
     """
     found = load_checkpoint(file)
-    try:
-        return build_encoder(file, found, strict, quiet)
-    except InputError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:  # odd contents
-        raise InputError(f"{file} holds no ViT that can be built ({type(e).__name__}: {e})") from None
+    with reading(file, "ViT"):
+        vit, config, used, unused = build_encoder(file, found, heads)
+    if not quiet:
+        print(f"{file}: all {used} tensors of the ViT found", file=sys.stderr)
+        if unused:
+            names = ", ".join(unused[:4]) + ", ..." * (len(unused) > 4)
+            print(f"  not used: {len(unused)} ({names})", file=sys.stderr)
+        if "method" not in config:
+            print(f"  {config['heads']} attention heads assumed: another number needs --heads", file=sys.stderr)
+        if not config["norm"]:
+            print("  this encoder has no final norm, like SiameseIM's", file=sys.stderr)
+    return vit, config
 
 
-def build_encoder(file, found, strict, quiet):
-    """load_encoder of what was found in the file."""
+def build_encoder(file, found, heads):
+    """load_encoder of the contents of a file: the ViT, its config, the number of tensors used and the names of others."""
     config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls")
-    if isinstance(found, dict) and isinstance(found.get("config"), dict):
-        config.update(found["config"])
-    for key in ("encoder", "teacher", "model", "state_dict", "student"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
+    config.update(found.get("config", {}) if isinstance(found, dict) else {})
+    for key in ("encoder", "model", "state_dict", "teacher", "student"):
+        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
     weights = {}
     for name, value in found.items() if isinstance(found, dict) else ():
         while PREFIXES.match(str(name)):
@@ -670,70 +886,68 @@ def build_encoder(file, found, strict, quiet):
         dim, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
         side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
         depth = 1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, weights) if m)
-        heads = next((s["heads"] for s in SIZES.values() if s["dim"] == dim), dim // 64)
+        norm = "norm.weight" in weights
+        heads = heads or next((s["heads"] for s in SIZES.values() if s["dim"] == dim), dim // 64)
         config.update(img_size=[side * patch] * 2, patch=patch, in_chans=in_chans, dim=dim, depth=depth, heads=heads)
-        config.update(pos="learned", norm="norm.weight" in weights)
-    keys = ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")
-    height, width, *sizes = [*config["img_size"], *(config[k] for k in keys[1:6])]
-    if not all(type(s) is int and s > 0 for s in (height, width, *sizes)) or config["dim"] % config["heads"]:
-        raise ValueError("sizes are " + ", ".join(f"{k} {config[k]}" for k in keys[:6]))
-    vit = ViT(**{k: config[k] for k in keys})
-    own = vit.state_dict()
-    good = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    missing = sorted(own.keys() - good.keys())
-    extra = sorted(weights.keys() - good.keys())
-    if not quiet:
-        print(f"{file}: {len(good)}/{len(own)} tensors of the ViT matched", file=sys.stderr)
-        if extra:
-            print(
-                f"  not used: {len(extra)} ({', '.join(extra[:4])}{', ...' if len(extra) > 4 else ''})", file=sys.stderr
-            )
-        if not config["norm"]:
-            print("  this encoder has no final norm (SiameseIM): identity", file=sys.stderr)
-    missing += [k for k in extra if k.startswith("blocks.") and k not in own]  # such as LayerScale: another function
-    if missing and strict:
-        raise InputError(f"{file}: {len(missing)} tensors missing, of another shape or unknown: {missing[:4]}")
-    vit.load_state_dict(good, strict=False)
-    return vit.eval(), config
+        config.update(pos="learned", norm=norm, feature="cls" if norm else "mean")
+    config["heads"] = heads or config["heads"]
+    sizes = [*config["img_size"], *(config[k] for k in ("patch", "in_chans", "dim", "depth", "heads"))]
+    if not all(type(s) is int and s > 0 for s in sizes) or config["feature"] not in ("cls", "mean", "both"):
+        raise ValueError(f"its config is {config}")
+    vit = ViT(**{k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")})
+    own = {k: v.shape for k, v in vit.state_dict().items()}
+    unused = sorted(weights.keys() - own.keys())
+    wrong = [k for k in own if k not in weights or own[k] != weights[k].shape]
+    wrong += [k for k in unused if OTHER_NETWORKS.search(k)]
+    if wrong:
+        raise InputError(
+            f"{file}: {len(wrong)} tensors are missing, of another shape, or of another network: {wrong[:4]}"
+        )
+    vit.load_state_dict({k: weights[k] for k in own})
+    return vit.eval(), config, len(own), unused
 
 
-# ---------------------------------------------------------------------------- runs: options, devices, folder, log, k-NN
+def start_from(file, vit, net):
+    """--init: copies an encoder's weights into `vit`, its positions interpolated, and its mean and std into `net`."""
+    encoder, found = load_encoder(file)
+    differ = [k for k in ("patch", "in_chans", "dim", "depth", "heads", "norm") if found[k] != vit.config[k]]
+    if differ:
+        what = ", ".join(f"{k} {found[k]} (here {vit.config[k]})" for k in differ)
+        raise InputError(f"--init {file} has another shape: {what}")
+    encoder.pos_embed.data = encoder.positions(vit.grid)
+    vit.load_state_dict(encoder.state_dict())
+    for name in ("mean", "std"):
+        getattr(net, name).copy_(torch.tensor(found[name]).view(-1, 1, 1))
 
 
-def common_options(p, presets):
-    """The options that every method script has; those marked * get their default from a preset."""
-    add = p.add_argument
-    add("--data", default="demo.npz", help="demo.npz, any .npz, cifar10, cifar100, or a folder of images")
-    add("--out", help="folder for last.pt, log.jsonl and pictures; a run found there goes on (runs/<method>-<data>)")
-    add("--preset", choices=presets, help="defaults of the options marked * (chosen by the size of the images)")
-    add("--epochs", type=positive, help="* length of the run; the schedules follow it")
-    add("--steps", type=positive, help="stop after so many steps, counted from the run's beginning; schedules stay")
-    add("--batch", type=positive, help="* images in an optimiser step, over all processes and micro-batches")
-    add("--accumulate", type=positive, default=1, help="micro-batches in a step: less memory; only drop path differs")
-    add("--lr", type=float, help="* learning rate for batch 256; scaled with the batch")
-    add("--warmup", type=float, help="* epochs in which the learning rate rises")
-    add("--drop-path", type=float, help="* stochastic depth, in training")
-    add("--size", choices=SIZES, help="* width, depth and heads of the network")
-    add("--patch", type=positive, help="* patch, px")
-    add("--img-size", type=int, nargs="+", help="* input of the network, px: one number, or height and width")
-    add(
-        "--canvas",
-        type=positive,
-        help="side to which images are decoded (up to 64 px --img-size, else at most twice that)",
-    )
-    add("--workers", type=int, default=2, help="processes that decode images, where a set does not fit in memory")
-    add("--device", help="cuda, mps or cpu (the first that is there)")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="auto: bf16 if the hardware has it",
-    )
-    add("--seed", type=int, default=0, help="of weights, order, crops, colours and masks")
-    add("--init", metavar="FILE", help="start from the weights of a checkpoint, ours or the authors'")
-    add("--compile", action="store_true", help="torch.compile, for a GPU: a minute first, then faster")
-    add("--log-every", type=positive, default=10, help="steps between lines of log.jsonl")
-    add("--knn-every", type=positive, help="epochs between k-NN measurements (a tenth of the run)")
+# 7 runs ---------------------------------------------------------------------------------------------------------------
+
+
+def cli(main):
+    """Decorator for a script's main: an InputError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **options):
+        try:
+            result = main(*args, **options)
+            # All is printed and saved. One time in twenty gloo aborts when it is shut down: leave without that.
+            if dist.is_initialized() and main.__module__ == "__main__":
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
+            return result
+        except (InputError, RuntimeError) as e:
+            worker = "DataLoader worker" in str(e)
+            if not worker and not isinstance(e, InputError):
+                raise
+            hint = " (out of memory? Run the same command again to resume, perhaps with --workers 0)" * worker
+            what = "a process that decodes images died" if worker else e
+            print(f"{Path(sys.argv[0]).name}: error: {what}{hint}", file=sys.stderr, flush=True)
+            raise SystemExit(1 if worker else 2) from None
+        finally:
+            Run.release()
+
+    return wrapped
 
 
 def positive(text):
@@ -742,232 +956,196 @@ def positive(text):
     return int(text)
 
 
-def resolve(args, presets, method):
-    """Fills in what the preset and the data decide."""
-    side = image_side(args.data)
+def share(text):
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError("must be between 0 and 1")
+    return float(text)
+
+
+PRESETS = ("demo", "32", "96", "224")
+COUNT, SHARE = dict(type=positive), dict(type=share)
+PRECISION = ("auto", "bf16 if the hardware has it; fp32 on a GPU is TF32", dict(choices=("auto", *DTYPES)))
+DEVICE = (None, "cuda, mps or cpu (the first that is there)")
+DATA_HELP = "demo.npz, any .npz, cifar10, cifar100, or a folder of images"
+COMMON = dict(  # options of every training script
+    data=("demo.npz", DATA_HELP),
+    out=(None, "folder for last.pt, log.jsonl and pictures; a run found there resumes (runs/METHOD-DATA)"),
+    preset=(None, "which defaults to use (chosen by the size of the images)", dict(choices=PRESETS)),
+    steps=(None, "stop after so many steps from the start of the run; schedules stay", COUNT),
+    accumulate=(1, "micro-batches in a step: less memory, the same result", COUNT),
+    workers=(2, "processes that decode images, where a set does not fit into memory"),
+    device=DEVICE,
+    precision=PRECISION,
+    seed=(0, "of weights, order, views and masks"),
+    init=(None, "start from the encoder in this checkpoint, ours or the authors'", dict(metavar="FILE")),
+    compile=(False, "use torch.compile: faster on a GPU, after a minute"),
+)
+
+
+def options(doc, table, argv=None, **fixed):
+    """Parses the options in `table`: rows name=(default, help[, arguments for argparse]).
+
+    A default is one value, or a list of four, for the presets demo, 32, 96 and 224; `load_data` fills those in. Tuples
+    are options of several values. fixed: set without being options.
+    """
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, text, *more) in table.items():
+        example = next((v for v in default if v is not None), None) if isinstance(default, list) else default
+        more = dict(more[0]) if more else {}
+        if isinstance(example, bool):
+            more["action"] = argparse.BooleanOptionalAction
+        elif isinstance(example, tuple):
+            more |= dict(type=float, nargs=len(example))
+        elif not more.keys() & {"type", "choices"} and example is not None:
+            more["type"] = type(example)
+        if isinstance(default, list) and len(set(default)) > 1:
+            text += f" ({', '.join(f'{p}: {plain(v)}' for p, v in zip(PRESETS, default, strict=True))})"
+        elif example is not None:
+            text += f" ({plain(example)})"
+        p.add_argument(
+            f"--{name.replace('_', '-')}", default=None if isinstance(default, list) else default, help=text, **more
+        )
+    p.set_defaults(**fixed)
+    return p.parse_args(argv)
+
+
+def plain(value):
+    return "as the images" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def settle(args, table, side):
+    """Fills in the options that depend on `side`, that of the images before any resizing."""
     auto = "demo" if Path(args.data).name == "demo.npz" else "32" if side <= 64 else "96" if side <= 160 else "224"
     args.preset = args.preset or auto
-    for name, value in presets[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    for name, (default, *_) in table.items():
+        if getattr(args, name) is None and isinstance(default, list):
+            setattr(args, name, default[PRESETS.index(args.preset)])
+        if isinstance(getattr(args, name), tuple):
+            setattr(args, name, list(getattr(args, name)))
     args.img_size = args.img_size or side // args.patch * args.patch
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else (args.img_size * 2)[:2]
     if any(s < args.patch or s % args.patch for s in args.img_size):
         raise InputError(f"--img-size {args.img_size} is not a multiple of --patch {args.patch}: change one of them")
-    top = max(args.img_size)
-    args.canvas = args.canvas or (top if top <= 64 else max(top, min(2 * top, side)))
-    args.knn_every = args.knn_every or max(1, args.epochs // 10)
-    ablation = f"-{args.ablate}" if getattr(args, "ablate", None) else ""
-    args.out = args.out or f"runs/{method}-{Path(args.data).stem or 'data'}{ablation}"
-    return args
+    name = f"{args.method}-{Path(args.data).stem or 'data'}" + (f"-{args.ablate}" if vars(args).get("ablate") else "")
+    args.out = args.out or f"runs/{name}"
+
+
+def shape_of(args, in_chans):
+    """The arguments of ViT that the options give."""
+    return dict(SIZES[args.size], img_size=args.img_size, patch=args.patch, in_chans=in_chans)
 
 
 def launch(args):
-    """Device, rank and number of processes; torchrun sets the environment, without it there is one process."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """The device; joins the other processes if torchrun started this one; settles --precision."""
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     kind = args.device or next(k for k in has if has[k])
     if not has.get(kind.split(":")[0]):
         raise InputError(f"--device {kind}: not on this machine, which has {', '.join(k for k in has if has[k])}")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
-    if device.type == "cuda":
+    gpu, world = device.type == "cuda", int(os.environ.get("WORLD_SIZE", 1))
+    if gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        if world == 1 < torch.cuda.device_count():
+            print(f"uses 1 of {torch.cuda.device_count()} GPUs: start it with torchrun to use more", file=sys.stderr)
     if args.precision == "auto":
         cpu = Path("/proc/cpuinfo")
-        units = (
-            device.type == "cpu"
-            and cpu.exists()
-            and ("avx512_bf16" in (flags := cpu.read_text()) or "amx_bf16" in flags)
-        )
-        gpu = device.type == "cuda"
-        args.precision = "bf16" if units or gpu and torch.cuda.is_bf16_supported(False) else "fp16" if gpu else "fp32"
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, rank, world
+        flags = cpu.read_text() if device.type == "cpu" and cpu.exists() else ""
+        fast = "avx512_bf16" in flags or "amx_bf16" in flags or gpu and torch.cuda.is_bf16_supported(False)
+        args.precision = "bf16" if fast else "fp16" if gpu else "fp32"
+    if world > 1 and not dist.is_initialized():  # process 0 may download and decode for long while the others wait
+        wait = datetime.timedelta(hours=2)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=wait, device_id=device if gpu else None)
+    return device
 
 
-def load_splits(args, rank):
-    """Training images, and test images or None without labels."""
+@contextlib.contextmanager
+def process_0_first():
+    """Process 0, which may have to download, goes first; the others follow together."""
+    if processes()[0] > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
 
-    def load():
-        train = load_images(args.data, "train", args.canvas, quiet=rank > 0)
-        return train, load_images(args.data, "test", args.canvas, quiet=True) if train.labels is not None else None
 
-    train, test = in_turn(load, rank)
-    if test is None or test.labels is None:
-        return train, None
-    number_alike(train, test)
+def load_data(args, table, images=None):
+    """Training and test images, two `Images`; test is None where there are no labels. images: use these two instead.
+
+    Opens the data, fills in the options that depend on it, decodes what fits into memory, and checks that batches can
+    be shared among processes.
+    """
+    rank, world = processes()
+    with process_0_first():
+        train, test = images or open_images(args.data)
+    settle(args, table, train.side)
+    top = max(args.img_size)
+    side = top if top <= 64 else max(top, min(2 * top, train.side))  # larger ones leave room for crops
+    train = train.at(side, quiet=rank > 0)
+    labelled = train.labels is not None and test is not None and test.labels is not None
+    test = test.at(side, quiet=True) if labelled else None
+    say = lambda text: print(f"warning: {text}", file=sys.stderr) if rank == 0 else None
+    shares = world * args.accumulate
+    if args.batch > len(train) >= shares:
+        args.batch = len(train) // shares * shares
+        say(f"there are only {len(train)} images: --batch {args.batch}")
+    if args.batch % shares or args.batch > len(train):
+        parts = f"{world} process(es) x {args.accumulate} micro-batches"
+        raise InputError(f"--batch {args.batch} of {len(train)} images cannot be shared by {parts}")
+    if args.warmup > args.epochs:
+        args.warmup = args.epochs
+        say(f"the warm-up is longer than the run: --warmup {args.warmup}")
     return train, test
 
 
-def load_labelled(args, config, side, rank, world, reader):
-    """Training and test images of args.data, `side` px, for a read-out: a dict. reader: who asks, for errors."""
-    load = lambda: {s: load_images(args.data, s, side, quiet=rank > 0) for s in ("train", "test")}
-    sets = in_turn(load, rank)
-    if sets["train"].labels is None or sets["test"].labels is None:
-        raise InputError(f"--data {args.data} has no labels: {reader} needs class folders, or labels in the .npz")
-    if sets["train"].channels != config["in_chans"]:
-        raise InputError(
-            f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets['train'].channels}"
-        )
-    number_alike(sets["train"], sets["test"])
-    if min(map(len, sets.values())) < world:
-        raise InputError(f"--data {args.data} has fewer images than there are processes")
-    return sets
-
-
-def in_turn(load, rank):
-    """load() on process 0, which may have to download, then on the others."""
-    if rank > 0:
-        dist.barrier()
-    loaded = load()
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    return loaded
-
-
-def number_alike(train, test):
-    """Numbers the classes of two splits alike, also where one of them lacks some."""
-    names = [*train.classes, *(c for c in test.classes if c not in train.classes)]
-    test.labels = torch.tensor([names.index(c) for c in test.classes])[test.labels]
-    train.classes = test.classes = names
-
-
-def check_plan(args, n, world, rank):
-    """Mends, with a warning, a batch larger than the data and a warm-up longer than the run; refuses uneven shares."""
-    share = world * args.accumulate
-    if args.batch > n >= share:
-        args.batch = n // share * share
-        if rank == 0:
-            print(f"warning: there are only {n} images: --batch {args.batch}", file=sys.stderr)
-    if args.batch % share or args.batch > n:
-        raise InputError(
-            f"--batch {args.batch} cannot be shared by {world} process(es) x {args.accumulate} micro-batches"
-        )
-    if args.warmup > args.epochs:
-        args.warmup = args.epochs
-        if rank == 0:
-            print(f"warning: the warm-up is longer than the run: --warmup {args.warmup}", file=sys.stderr)
-
-
-def start_from(file, parts, vit, config):
-    """--init: the encoder of a checkpoint, or all `parts` as far as they fit where it is a run of the same method."""
-    state, (encoder, found) = load_checkpoint(file), load_encoder(file)
-    differ = [k for k in ("patch", "in_chans", "dim", "depth", "heads", "norm") if found[k] != config[k]]
-    if differ:
-        what = ", ".join(f"{k} {found[k]} (here {config[k]})" for k in differ)
-        raise InputError(f"--init {file} has another shape: {what}")
-    encoder.pos_embed.data = encoder.positions(vit.grid)
-    vit.load_state_dict(encoder.state_dict())
-    config.update(mean=found["mean"], std=found["std"])
-    if found.get("method") != config["method"]:
-        return
-    for name, part in parts.items():
-        new, old = (p if isinstance(p, dict) else {"": p} for p in (state_of(part), state.get(name, {})))
-        if any(k not in old or old[k].shape != v.shape for k, v in new.items()):
-            return  # all or none: a centre without its head would be noise
-        restore(part, state[name])
-
-
-def state_of(part):
-    return part if torch.is_tensor(part) else part.state_dict()
-
-
-def restore(part, state):
-    part.copy_(state) if torch.is_tensor(part) else part.load_state_dict(state)
-
-
-def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chunk_bytes=2**28):
-    """Weighted k-NN (Wu et al., arXiv 1805.01978; DINO, appendix F.1): a neighbour votes exp(cosine / temperature).
-
-    train (M, D), test (N, D): features, any length. labels: int64, numbered from 0. Returns {k: (top-1, top-5)} in
-    percent; k is at most M, and with fewer than 5 classes top-5 is among all.
-    """
-    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    hits = {k: torch.zeros(2, device=train.device) for k in ks}
-    for x, y in zip(*(t.split(max(1, chunk_bytes // (4 * len(train)))) for t in (test, test_labels)), strict=True):
-        similar, index = (x @ train.T).topk(min(max(ks), len(train)), dim=1)
-        for k in ks:
-            votes = torch.zeros(len(x), classes, device=x.device)
-            weight = ((similar[:, :k] - similar[:, :1]) / temperature).exp()  # over the nearest's: none is inf
-            votes.scatter_add_(1, train_labels[index[:, :k]], weight)
-            best = votes.sort(dim=1, descending=True, stable=True)[1][:, : min(5, k)]  # ties: the lower label
-            right = best == y[:, None]
-            hits[k] += torch.stack([right[:, 0].sum(), right.sum()])
-    return {k: tuple((100 * h / len(test)).tolist()) for k, h in hits.items()}
-
-
-@torch.no_grad()
-def features(vit, images, config, device, dtype=torch.float32, batch=256, workers=2):
-    """Vectors of all images, (N, D) on the device; vit None: raw pixels, centred, and at most 32 x 32 of them."""
-    out, done = None, 0
-    for imgs in stream(images, in_order(images, batch), device, workers):
-        x = prepare(imgs, config["img_size"], config["mean"], config["std"])
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            small = lambda x: F.adaptive_avg_pool2d(x, [min(32, s) for s in x.shape[-2:]]).flatten(1)
-            found = small(x) if vit is None else vit.encode(x, config["feature"]).float()
-        if out is None:  # in one piece: parts would lie among activations and keep their memory from being given back
-            out = found.new_empty(len(images), found.shape[1])
-        out[done : done + len(found)] = found
-        done += len(found)
-    return out
-
-
-def every(x):
-    """A tensor of each process, all of one shape: a list."""
-    if not dist.is_initialized():
-        return [x]
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return parts
-
-
-def shared_features(vit, images, *how):
-    """features(vit, images, *how), each process encoding every world-th image; all get all rows, in order."""
-    if not dist.is_initialized():
-        return features(vit, images, *how)
-    rank, world, n = dist.get_rank(), dist.get_world_size(), len(images)
-    rows = features(vit, images.pick(range(rank, n, world)), *how)
-    rows = torch.cat([rows, rows[:1].expand(-(-n // world) - len(rows), -1)])
-    return torch.stack(every(rows), dim=1).flatten(0, 1)[:n]
-
-
 class Run:
-    """A training run's folder, `args.out`: last.pt, log.jsonl, pictures; one process at a time; resumed if there.
+    """The folder of a training run, args.out, with last.pt, log.jsonl and pictures; only one run may write to it.
 
-    The lock is the system's and goes with the process, however that ends. Ctrl-C and SIGTERM set a flag, on which all
-    processes agree; then they save and leave. Needs: begin() before the first step, steps() around the loop.
+    net: all that learns or has state, with buffers mean and std and an attribute `feature`. vit: the encoder in it
+    that is evaluated. Ctrl-C and SIGTERM set a flag, on which all processes agree; they then save and leave.
     """
 
     lock, handlers = None, {}  # the open lock file of this process, and the signal handlers from before
-    free = ("steps", "workers", "out", "attention", "log_every")  # may change when a run goes on
+    may_change = ("steps", "workers", "out")  # these options may differ when a run resumes
+    minute = 60  # seconds between two saves, at least
 
-    def __init__(self, args, rank, world):
-        self.args, self.rank, self.world, self.out, self.signal = args, rank, world, Path(args.out), 0
+    def __init__(self, args, net, vit, optimizer, scaler, train, test):
+        self.args, self.net, self.vit, self.out, self.optimizer = args, net, vit, Path(args.out), optimizer
+        self.parts = dict(net=net, optimizer=optimizer, scaler=scaler)  # what training needs to resume
+        self.device, (self.rank, self.world) = net.mean.device, processes()
+        self.config = dict(vit.config, method=args.method, data=args.data, feature=net.feature)
+        self.config |= {k: getattr(net, k).flatten().tolist() for k in ("mean", "std")}
+        self.steps_per_epoch = len(train) // args.batch
+        self.total = args.epochs * self.steps_per_epoch
+        self.first, self.stop = 0, min(self.total, args.steps or self.total)
+        self.images = f"{len(train)} images of {train.side} px"
+        small = lambda images, n: images.subset(n).at(images.side, quiet=True)
+        self.sets = (small(train, 4000), small(test, 800)) if test is not None else None  # for k-NN
+        some = train.subset(4)  # for pictures
+        self.sample = torch.stack([some[i, 0.5] for i in range(len(some))]).to(self.device)
+        self.signal = self.leave = 0
         Run.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        if rank == 0:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                Run.lock = open(self.out / ".lock", "a")  # noqa: SIM115 - held until main returns or the process ends
-            except OSError as e:
-                raise InputError(f"--out {args.out} cannot be written ({e})") from None
-            try:
-                if os.name == "nt":
-                    import msvcrt
+        if self.rank == 0:
+            self.lock_folder()
 
-                    msvcrt.locking(self.lock.fileno(), msvcrt.LK_NBLCK, 1)
-                else:
-                    import fcntl
+    def lock_folder(self):
+        """Takes the lock of the folder. The system gives it back when the process ends, however that happens."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            Run.lock = open(self.out / ".lock", "a")  # noqa: SIM115 - held until main returns or the process ends
+        except OSError as e:
+            raise InputError(f"--out {self.out} cannot be written ({e})") from None
+        with contextlib.suppress(ImportError):  # Windows has no fcntl, and then there is no lock
+            import fcntl
 
-                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise InputError(f"another run is writing to {args.out}: wait for it, or give another --out") from None
+                raise InputError(f"another run is writing to {self.out}: wait for it, or give another --out") from None
 
     @staticmethod
-    def leave_behind():
-        """At the end of main: gives the lock, the signals and the process group back."""
+    def release():
+        """When main ends: gives the lock, the signal handlers and the process group back."""
         if Run.lock:
             Run.lock.close()
         while Run.handlers:
@@ -976,234 +1154,211 @@ class Run:
             dist.destroy_process_group()
 
     def on_signal(self, number, _):
-        if self.signal:  # a second Ctrl-C: at once
+        if self.signal:  # a second Ctrl-C: leave at once
             raise SystemExit(128 + number)
         self.signal = number
-
-    def begin(self, parts, vit, config, train, test, device):
-        """Resumes `parts` (modules, tensors, anything with a state_dict) from last.pt if there is one.
-
-        vit, config: the network that evaluation uses, and what load_encoder needs to rebuild it. Writes the log's first
-        line: options. Sets first (step), stop, total and steps_per_epoch.
-        """
-        args = self.args
-        self.parts, self.vit, self.config, self.device = parts, vit, config, device
-        self.steps_per_epoch = len(train) // args.batch
-        self.total = args.epochs * self.steps_per_epoch
-        self.stop = min(self.total, args.steps or self.total)
-        self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        self.sets = (train.subset(10_000), test.subset(2_000)) if test is not None else None
-        self.sample = torch.stack([train[i, 0.5] for i in spaced(len(train), 4)]).to(device)
-        self.first, self.untrained = self.resume(), None
-        if self.first == 0 and self.rank == 0:  # of a run that was killed before it saved
-            (self.out / "log.jsonl").unlink(missing_ok=True)
-        self.row = {k: v for r in (self.rows() if self.rank == 0 else ()) for k, v in r.items()}
-        self.before = self.row.get("seconds", 0.0)
-        self.say(
-            f"{config['method']}: {len(train)} images of {args.canvas} px, {args.size}/{args.patch}, "
-            f"{args.epochs} epochs of {self.steps_per_epoch} steps of {args.batch}, {device.type}, {args.precision}, "
-            f"{self.world} process{'es' * (self.world > 1)} -> {self.out}"
-        )
-        if self.first:
-            self.say(f"goes on from step {self.first} of {self.stop}")
-        elif self.rank == 0:
-            self.write(dict(args=vars(args), images=len(train)))
-            self.untrained = copy.deepcopy(vit) if self.sets else None  # measured once the first step has shown itself
-            if not self.sets:
-                self.say("no labels: no k-NN")
-        self.started = self.since = self.saved = time.perf_counter()
-        self.waited, self.counted, self.leave, self.warned = 0.0, self.first, False, False
-        self.bar = tqdm(total=self.stop, initial=self.first, unit="step", disable=True if self.rank else None)
 
     def say(self, text):
         if self.rank == 0:
             tqdm.write(text)
 
-    def resume(self):
-        file = self.out / "last.pt"
-        if not file.exists():
-            return 0
-        state = load_checkpoint(file)
-        if not isinstance(state, dict) or "options" not in state:
-            raise InputError(f"{file} is not a checkpoint of a run: remove it or give another --out")
-        old, new = state["options"], vars(self.args)
-        differ = [k for k in {**old, **new} if k not in self.free and old.get(k) != new.get(k)]
-        if differ:
-            what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {new.get(k)})" for k in differ[:4])
-            raise InputError(
-                f"{self.out} holds a run with {what}: give another --out, or --init {file} to start from it"
-            )
-        for name, part in self.parts.items():
-            restore(part, state[name])
-        if self.rank == 0:  # what came after the checkpoint will be written again
-            text = "".join(json.dumps(r) + "\n" for r in self.rows() if r.get("step", 0) <= state["step"])
-            (self.out / "log.part").write_text(text)
-            os.replace(self.out / "log.part", self.out / "log.jsonl")
-        return state["step"]
-
-    def rows(self):
-        """The log so far, one dict a line; a last line that a kill cut short is left out."""
-        file, rows = self.out / "log.jsonl", []
-        for line in file.read_text().splitlines() if file.exists() else ():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
-
-    def write(self, row):
+    def write(self, **row):
+        """Appends a line to log.jsonl, numbers that are not finite as null."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         if self.rank == 0:
             with open(self.out / "log.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
 
-    def knn(self, vit):
-        """k-NN accuracy, percent (k = 20, T = 0.07): at most 2,000 test images among 10,000. vit None: raw pixels."""
-        training = vit is not None and vit.training
-        if training:
-            vit.eval()
-        (a, b), (la, lb) = zip(
-            *(
-                (features(vit, s, self.config, self.device, self.dtype, workers=self.args.workers), s.labels)
-                for s in self.sets
-            ),
-            strict=True,
+    def rows(self):
+        """The log so far, one dict a line, without a last line that was cut short."""
+        rows, file = [], self.out / "log.jsonl"
+        with contextlib.suppress(ValueError):
+            for line in file.read_text().splitlines() if file.exists() else ():
+                rows.append(json.loads(line))
+        return rows
+
+    def last(self, *keys):
+        """The last value of each key in the log."""
+        return {k: row[k] for row in self.rows() for k in keys if k in row}
+
+    def resume(self):
+        """Loads last.pt if there is one, and cuts the log back to it; else begins a new log."""
+        file, options, rows, self.before = self.out / "last.pt", vars(self.args), [dict(args=vars(self.args))], 0.0
+        if file.exists():
+            state = load_checkpoint(file)
+            if not isinstance(state, dict) or not {"options", "step", *self.parts} <= state.keys():
+                raise InputError(
+                    f"{file} is not a checkpoint of a run of this version: remove it, or give another --out"
+                )
+            old = state["options"]
+            differ = [k for k in {**old, **options} if k not in self.may_change and old.get(k) != options.get(k)]
+            if differ:
+                what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {options.get(k)})" for k in differ[:4])
+                why = f"give another --out, or --init {file} to start from its encoder"
+                raise InputError(f"{self.out} holds a run with {what}: {why}")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.first, self.before = state["step"], state["seconds"]
+            rows = [row for row in self.rows() if row.get("step", 0) <= self.first]  # the others will be written again
+        if self.rank == 0:
+            (self.out / "log.part").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(self.out / "log.part", self.out / "log.jsonl")
+        self.say(
+            f"{self.args.method}: {self.images}, {self.args.size}/{self.args.patch}, {self.args.epochs} epochs of "
+            f"{self.steps_per_epoch} steps of {self.args.batch}, {self.device.type}, {self.args.precision}, "
+            f"{self.world} process{'es' * (self.world > 1)} -> {self.out}"
         )
+        if self.first:
+            self.say(f"resumes after step {self.first} of {self.stop}")
+
+    def knn(self, vit):
+        """k-NN accuracy, percent (k = 20, T = 0.07), of at most 800 test images among 4,000. vit None: raw pixels."""
+        training = vit is not None and vit.training
+        vit = vit.eval() if training else vit
+        how = (self.config, self.device, self.args.precision, 256, self.args.workers)
+        (a, la), (b, lb) = ((features(vit, s, *how), s.labels.to(self.device)) for s in self.sets)
         if training:
             vit.train()
-        return knn(a, la.to(self.device), b, lb.to(self.device))[20][0]
+        return round(knn(a, la, b, lb)[20][0], 2)
 
-    def yardsticks(self):
-        """k-NN of raw pixels and of the network as it was before the first step; their time is not the run's."""
-        if self.untrained is None:
-            return
-        start = time.perf_counter()
-        marks = dict(knn_pixels=self.knn(None), knn_untrained=self.knn(self.untrained))
-        self.untrained = None
-        self.say("k-NN before training: " + ", ".join(f"{k[4:]} {v:.1f} %" for k, v in marks.items()))
-        self.write(marks)
-        self.row.update(marks)
-        took = time.perf_counter() - start
-        self.started, self.since, self.saved = self.started + took, self.since + took, self.saved + took
+    def baselines(self):
+        """Measures k-NN of raw pixels and of the untrained network, if the run begins here."""
+        if self.sets is None:
+            self.say("no labels: no k-NN")
+        elif self.first == 0:
+            found = dict(knn_pixels=self.knn(None), knn_untrained=self.knn(self.vit))
+            self.write(**found)
+            self.say("k-NN before training: " + ", ".join(f"{k[4:]} {v:.1f} %" for k, v in found.items()))
 
-    def steps(self, loader):
-        """Yields (step, images) and notes how long it waited for them.
-
-        Asked to stop, it says so before the step (self.leave), so that log_due and save_due agree, and leaves after it.
-        """
-        loader = iter(loader)
+    def steps(self, train):
+        """Yields (step, images) and seeds drop path. After Ctrl-C the current step is still logged and saved."""
+        keys = batches(len(train), self.args.batch, self.first, self.stop, self.args.seed)
+        loader = stream(train, keys, self.device, self.args.workers)
+        self.started = self.since = self.saved = time.perf_counter()
+        self.waited, self.counted, self.saving, self.warned = 0.0, self.first, 0.0, False
+        self.updates, self.moved = self.count_updates(), self.first - 1
+        self.bar = tqdm(total=self.stop, initial=self.first, unit="step", disable=True if self.rank else None)
         for step in range(self.first, self.stop):
             start = time.perf_counter()
             imgs = next(loader)
             self.waited += time.perf_counter() - start
-            self.leave = self.agreed(step)
-            torch.manual_seed(((self.args.seed * 1_000_003 + step) * self.world + self.rank) % 2**63)  # for drop path
+            self.leave = self.agreed_signal(step)
+            torch.manual_seed(((self.args.seed * 1_000_003 + step) * self.world + self.rank) % 2**63)
             yield step, imgs
             self.bar.update()
             if self.leave and step + 1 < self.stop:
                 self.bar.close()
-                self.say(f"stopped at step {step + 1} of {self.stop}, saved: the same command goes on from there")
+                self.say(f"stopped at step {step + 1} of {self.stop}, saved: run the same command again to resume")
                 raise SystemExit(128 + self.leave)
 
-    def agreed(self, step):
-        """The signal to stop for, or 0: with several processes that of any of them, asked for every tenth step."""
+    def agreed_signal(self, step):
+        """The signal to stop for, or 0; with several processes that of any of them, asked for in every tenth step."""
         if self.world == 1 or step % 10 != 9:
             return self.signal if self.world == 1 else 0
         flag = torch.tensor(float(self.signal), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 
-    def log_due(self, step):
-        return step == self.first or (step + 1) % self.args.log_every == 0 or step + 1 == self.stop or self.leave
+    def count_updates(self):
+        """How often AdamW moved the weights: it does not count a step that it skips."""
+        return int(next((s["step"] for s in self.optimizer.state.values()), 0))
 
-    def log(self, step, row, skipped, warning=None):
-        """Adds what every run logs to `row`, writes it. skipped: non-finite gradients, in all and in a row."""
-        now = time.perf_counter()
+    def log_due(self, step):
+        return step == self.first or (step + 1) % 10 == 0 or step + 1 == self.stop or bool(self.leave)
+
+    def log(self, step, warning=None, **row):
+        """Writes `row` and what every run logs; the only point in the loop that waits for the GPU.
+
+        warning: printed once. 20 steps in a row with a gradient that is not finite end the run.
+        """
+        now, updates = time.perf_counter(), self.count_updates()
         images, seconds = (step + 1 - self.counted) * self.args.batch, now - self.since
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            memory = peak_memory()
-        row = dict(step=step + 1, epoch=round((step + 1) / self.steps_per_epoch, 3), **row, skipped=int(skipped[0]))
-        row |= dict(
-            images_per_s=round(images / seconds, 1), data_wait=round(self.waited / seconds, 4), memory_mib=round(memory)
-        )
-        row |= dict(seconds=round(self.before + now - self.started, 2))
-        row = {k: (v if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in row.items()}
-        self.write(row)
+        row = dict(step=step + 1, epoch=round((step + 1) / self.steps_per_epoch, 3), **row, skipped=step + 1 - updates)
+        row |= dict(images_per_s=round(images / seconds, 1), data_wait=round(self.waited / seconds, 4))
+        row |= dict(memory_mib=round(peak_memory(self.device)), seconds=round(self.before + now - self.started, 2))
+        self.write(**row)
         self.since, self.waited, self.counted = now, 0.0, step + 1
-        show = " ".join(
-            f"{k} {v:.4g}" for k, v in row.items() if k in ("loss", "entropy", "images_per_s", "lr") and v is not None
-        )
-        if step == self.first:
-            self.say(f"step {step + 1}: {show}")
-            self.yardsticks()
-        elif step - self.first < 2 * self.args.log_every:
+        show = " ".join(f"{k} {row[k]:.4g}" for k in ("loss", "entropy", "images_per_s", "lr") if k in row)
+        if step - self.first < 20:
             left = (self.stop - step) * self.args.batch / images * seconds / 60
             self.say(f"step {step + 1}: {show}, about {left:.1f} minutes to go")
-        self.bar.set_postfix_str(show + (f" knn {self.row['knn']:.1f}" if "knn" in self.row else ""))
+        self.bar.set_postfix_str(show)
         if warning and not self.warned:
             self.say(f"warning at step {step + 1}: {warning}")
             self.warned = True
-        if skipped[1] >= 20:
-            raise SystemExit(
-                f"stopped: {int(skipped[1])} non-finite gradients in a row, step {step + 1}, {row}; try a lower --lr"
-            )
+        if updates > self.updates:
+            self.updates, self.moved = updates, step
+        if step - self.moved >= 20:
+            why = f"{step - self.moved} steps in a row had a gradient that is not finite"
+            raise SystemExit(f"stopped at step {step + 1}: {why}; try a lower --lr. {row}")
+
+    def knn_due(self, step):
+        """After each tenth of the epochs, and at the end."""
+        epoch, rest = divmod(step + 1, self.steps_per_epoch)
+        return self.sets is not None and (
+            step + 1 == self.stop or not rest and epoch % max(1, self.args.epochs // 10) == 0
+        )
+
+    def measure_knn(self, step):
+        """Logs k-NN of the encoder. All processes take part."""
+        start, epoch = time.perf_counter(), round((step + 1) / self.steps_per_epoch, 3)
+        found = self.knn(self.vit)
+        self.write(step=step + 1, epoch=epoch, knn=found)
+        self.say(f"epoch {epoch:g}: k-NN {found:.1f} %")
+        self.since += time.perf_counter() - start
 
     def save_due(self, step):
-        """At each epoch's end, at least every 5 minutes, at the end, and when asked to stop."""
-        over = (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.stop
-        return over or self.leave or time.perf_counter() - self.saved > 300
+        """At the end of an epoch or after 5 minutes, when asked to stop, and at the end; only on process 0.
+
+        An epoch can take a second: saves are a minute apart, and take at most a fiftieth of the time.
+        """
+        since, epoch_ends = time.perf_counter() - self.saved, (step + 1) % self.steps_per_epoch == 0
+        rested = since >= max(self.minute, 50 * self.saving)
+        due = step + 1 == self.stop or self.leave or rested and (epoch_ends or since > 300)
+        return bool(due) and self.rank == 0
 
     def save(self, step):
-        """Writes last.pt; measures k-NN if its turn has come."""
-        epoch, rest = divmod(step + 1, self.steps_per_epoch)
-        if self.rank == 0:
-            if self.sets and (step + 1 == self.stop or rest == 0 and epoch % self.args.knn_every == 0):
-                start = time.perf_counter()
-                row = dict(
-                    step=step + 1, epoch=round((step + 1) / self.steps_per_epoch, 3), knn=round(self.knn(self.vit), 2)
-                )
-                self.row.update(row)
-                self.write(row)
-                self.say(f"epoch {row['epoch']:g}: k-NN {row['knn']:.1f} %")
-                self.draw_curve()
-                self.since += time.perf_counter() - start
-            state = {k: state_of(p) for k, p in self.parts.items()}
-            state.update(step=step + 1, encoder=self.vit.state_dict(), config=self.config, options=vars(self.args))
-            save_checkpoint(self.out / "last.pt", state)
+        """Writes last.pt: what training needs to resume, and the encoder."""
+        start = time.perf_counter()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state.update(step=step + 1, seconds=self.before + start - self.started, options=vars(self.args))
+        save_checkpoint(self.out / "last.pt", state | dict(encoder=self.vit.state_dict(), config=self.config))
         self.saved = time.perf_counter()
+        self.saving = self.saved - start
 
     def draw_curve(self):
-        """curve.png: the loss, and k-NN accuracy beside its two yardsticks, over epochs."""
-        from matplotlib.figure import Figure  # takes half a second, and no display
+        """Draws curve.png: the loss, and k-NN beside that of raw pixels and of the untrained network, over epochs."""
+        if self.rank:
+            return
+        from matplotlib.figure import Figure  # importing it takes half a second
 
         rows, figure = self.rows(), Figure((8, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for axes, key in ((left, "loss"), (right, "knn")):
+        for axes, key, title in ((left, "loss", "loss"), (right, "knn", "k-NN accuracy, % (k = 20)")):
             axes.plot(*zip(*((r["epoch"], r[key]) for r in rows if r.get(key) is not None), strict=True))
-            axes.set(xlabel="epoch", title=dict(loss="loss", knn="k-NN accuracy, % (k = 20)")[key])
-        for key, style, label in (("knn_pixels", ":", "raw pixels"), ("knn_untrained", "--", "untrained")):
-            if key in self.row:  # a checkpoint that was moved without its log has none
-                right.axhline(self.row[key], color="grey", linestyle=style, label=label)
+            axes.set(xlabel="epoch", title=title)
+        for (key, value), style in zip(self.last("knn_pixels", "knn_untrained").items(), (":", "--"), strict=False):
+            right.axhline(
+                value, color="grey", linestyle=style, label=key.replace("knn_", "").replace("pixels", "raw pixels")
+            )
         right.legend()
         figure.savefig(self.out / "curve.png", dpi=100)
 
     def finish(self):
         """Prints and returns the result of a run that has reached its end."""
         self.bar.close()
-        rows = self.rows() if self.rank == 0 else []
-        result = {
-            k: r[k] for r in rows for k in ("knn_pixels", "knn_untrained", "step", "loss", "knn", "seconds") if k in r
-        }
+        result = self.last("knn_pixels", "knn_untrained", "step", "loss", "knn", "seconds") if self.rank == 0 else {}
         result["checkpoint"] = str(self.out / "last.pt")
         self.say(json.dumps(result))
         return result
 
 
-def peak_memory():
-    """Peak resident memory of this process, MiB; 0 where the system does not tell."""
-    try:
+def peak_memory(device):
+    """Peak memory, MiB: on a GPU what was allocated there, else what the process had; 0 if the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(ImportError):  # Windows
         import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return 0
