@@ -5,26 +5,26 @@ learning (CL) against masked image modelling (MIM).
 
     python analyze.py runs/dino-demo/last.pt runs/mae-demo/last.pt --out runs/analysis
     python analyze.py weights/*.pt --data cifar10 --out runs/analysis
-    python analyze.py moco.pth=cl simmim.pth=mim --data imagenette/ --quick
+    python analyze.py moco.pth=cl mae.pth=mim --data imagenette/ --quick
 
 Writes analysis.json, analysis.png (curves over depth) and queries.png (attention maps) into --out and prints a table
 and the verdicts. An untrained network of the first checkpoint's shape is measured beside the others. A checkpoint of
 ours says what it is (dino: CL; mae, pcae: MIM; others take no side); of another file say it: FILE=cl or FILE=mim.
-Several files of one kind are averaged; how they differ counts as error over seeds. Claims 1, 2 and 5 want encoders of
-one image size and patch.
+Several files of one kind are averaged; how they differ counts as error over seeds. Claims 1, 2 and 5 need encoders of
+one image size and patch size.
 
 Where the paper's protocol is public (its notebooks) ours is the same: attention distance, normalised mutual
-information, Fourier log amplitude. Ours are: similarity of attention maps, of tokens within and across images,
-singular values, read-outs by depth, robustness to band noise, shape against texture; each is defined in its function.
-A verdict compares means: `holds` or `fails` where the margin is more than two standard errors, else `undecided`;
-errors over images, and over seeds where there are several (few seeds: where nothing differs, 2 a side give a verdict in
-18 % of cases, 3 in 11 %). Claims 8 and 10 read JSON of eval_linear.py, claim 9 of
-eval_dense.py (--results).
+information, Fourier log amplitude. Ours are: similarity of attention maps, of tokens within and across images, singular
+values, linear probes and k-NN by depth, robustness to band noise, shape against texture; each is defined in its
+function. No measure depends on --batch or on the order of files. A verdict compares means: `holds` or `fails` where
+the margin is more than two standard errors, else `undecided`; errors are over images, and over seeds where there are
+several (few seeds: where nothing differs, 2 a side give a verdict in 18 % of cases, 3 in 11 %). Claims 8 and 10 read
+JSON of eval_linear.py, claim 9 of eval_dense.py (--results).
 """
 
-import argparse
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,64 +33,44 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from eval_linear import accuracies, batches, train_heads
-from vit import (
-    Images,
-    InputError,
-    ViT,
-    cli,
-    features,
-    in_order,
-    knn,
-    launch,
-    list_images,
-    load_encoder,
-    load_images,
-    number_alike,
-    pooled,
-    prepare,
-    stream,
+from eval_linear import EVALUATION, accuracies, train_heads
+
+# isort: off
+from vit import InputError, ViT, pooled  # 1 network
+from vit import Images, batches, in_order, list_images, open_images, prepare, reading, resize_side, stream  # 2 images
+from vit import features, knn  # 5 evaluation
+from vit import load_encoder  # 6 checkpoints
+from vit import COUNT, cli, launch, options  # 7 runs
+
+FILES = dict(flag="checkpoints", nargs="*")
+OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("checkpoint", "img_size", "limit")} | dict(
+    checkpoints=(
+        None,
+        "runs' last.pt, files of weights/, the authors'; FILE=cl, FILE=mim",
+        FILES,
+    ),
+    data=(None, "demo.npz, any .npz, cifar10, cifar100, or a folder (what the first was trained on)"),
+    out=("runs/analysis", "folder for analysis.json, analysis.png and queries.png"),
+    cue_conflict=(
+        None,
+        "folder with <shape class>/<shape>-<texture>.png (demo.npz has both labels)",
+        dict(metavar="DIR"),
+    ),
+    results=((), "last lines of eval_linear.py and eval_dense.py, as files", dict(nargs="*", type=str, metavar="FILE")),
+    limit=(1000, "test images that are measured", COUNT),
+    train_images=(5000, "training images of linear probes and k-NN", COUNT),
+    quick=(False, "200 test and 500 training images, fewer noise bands"),
+    batch=(50, "images at a time; the results do not depend on it", COUNT),
+    precision=("fp32", "attention and Fourier measures need fp32", dict(choices=("fp32",))),
 )
 
-
-def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("checkpoints", nargs="*", help="runs' last.pt, files of weights/, the authors' weights; FILE=cl, FILE=mim")
-    add("--data", help="demo.npz, any .npz, cifar10, cifar100, or a folder of images (what the first was trained on)")
-    add("--out", default="runs/analysis", help="folder for analysis.json and analysis.png")
-    add(
-        "--cue-conflict", metavar="DIR", help="<shape class>/<shape>-<texture>.png (demo.npz has two labels of its own)"
-    )
-    add(
-        "--results",
-        nargs="*",
-        default=[],
-        metavar="FILE",
-        help="last lines of eval_linear.py and eval_dense.py for encoders of ours, as files",
-    )
-    add("--images", type=int, default=1000, help="test images that are measured")
-    add("--train-images", type=int, default=5000, help="training images of the read-outs")
-    add("--quick", action="store_true", help="200 test and 500 training images, fewer noise bands")
-    add("--batch", type=int, default=50, help="images at a time")
-    add("--workers", type=int, default=2, help="processes that decode images, where a set does not fit in memory")
-    add("--device", help="cuda, mps or cpu (the first that is there)")
-    p.set_defaults(precision="fp32")
-    args = p.parse_args(argv)
-    if not args.checkpoints:
-        raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
-    if args.quick:
-        args.images, args.train_images = min(args.images, 200), min(args.train_images, 500)
-    return args
+# self-attention ------------------------------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------------------------ self-attention
-
-
-def patches_only(maps, eps=1e-32):
+def patches_only(maps):
     """Attention among patches, (..., 1+N, 1+N) -> (..., N, N): the CLS token's row and column go, rows sum to one."""
     maps = maps[..., 1:, 1:]
-    return maps / (maps.sum(dim=-1, keepdim=True) + eps)
+    return maps / (maps.sum(dim=-1, keepdim=True) + 1e-32)
 
 
 def attention_distance(maps, patch, grid):
@@ -107,9 +87,10 @@ def nmi(maps):
     """Normalised mutual information of query and key (notebook): 0 where all queries look alike, 1 where each has a key
     of its own. p(q) = 1/N, p(k|q) = A_qk, I / sqrt(H(q) H(k)). maps (B, H, 1+N, 1+N) -> (B, H).
     """
-    a = patches_only(maps, 1e-8)
-    n, p_k = a.shape[-1], a.mean(dim=-2).clamp(min=1e-30)  # a key that no query looks at
-    information = (a * (a / p_k[..., None, :]).clamp(min=1e-30).log()).sum(dim=(-2, -1)) / n
+    a = maps[..., 1:, 1:] + 1e-8  # as the notebook, so that no key is left without attention
+    a = a / a.sum(dim=-1, keepdim=True)
+    n, p_k = a.shape[-1], a.mean(dim=-2)
+    information = (a * (a / p_k[..., None, :]).log()).sum(dim=(-2, -1)) / n
     entropy_k = -(p_k * p_k.log()).sum(dim=-1)
     return information / (math.log(n) * entropy_k).sqrt().clamp(min=1e-12)
 
@@ -130,7 +111,7 @@ def head_similarity(maps):
     return mean_cosine(patches_only(maps).transpose(1, 2)).mean(dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------ representation
+# representation ------------------------------------------------------------------------------------------------------
 
 
 def fourier_log_amplitude(tokens, grid):
@@ -147,9 +128,13 @@ def fourier_log_amplitude(tokens, grid):
     return half - half[:, :1]
 
 
-def effective_rank(x):
-    """exp of the entropy of the normalised singular values of centred x (..., n, D): 1 to min(n - 1, D) (Roy, 2007)."""
-    s = torch.linalg.svdvals(x - x.mean(dim=-2, keepdim=True))
+def singular_values(x):
+    """Singular values of x (..., n, D) less its mean vector, largest first: (..., min(n, D))."""
+    return torch.linalg.svdvals(x - x.mean(dim=-2, keepdim=True))
+
+
+def effective_rank(s):
+    """exp of the entropy of the normalised singular values s (..., r): 1 to r (Roy and Vetterli, 2007)."""
     p = s / s.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum(dim=-1))
 
@@ -185,45 +170,65 @@ def shape_or_texture(features, shapes, textures, k=20):
     return found[0] / (found[0] + found[1])  # 0/0: nan
 
 
-# ----------------------------------------------------------------------------------------------------- one checkpoint
+# one checkpoint ------------------------------------------------------------------------------------------------------
+
+
+def tokens_by_depth(vit, x):
+    """Tokens (B, 1+N, D) before the first block and after each, before the final norm: yields depth + 1 of them."""
+    x = vit.embed(x)
+    yield x
+    for block in vit.blocks:
+        x = block(x)
+        yield x
+
+
+@torch.no_grad()
+def mean_tokens(vit, images, config, args, device):
+    """The mean patch token of all images at each depth: (depth + 1, D)."""
+    total = torch.zeros(len(vit.blocks) + 1, vit.dim, dtype=torch.float64, device=device)
+    for imgs in stream(images, in_order(images, args.batch), device, args.workers):
+        for depth, x in enumerate(tokens_by_depth(vit, prepare(imgs, config))):
+            total[depth] += x[:, 1:].double().mean(dim=1).sum(dim=0)
+    return (total / len(images)).float()
 
 
 @torch.no_grad()
 def measure_images(vit, images, config, args, device):
-    """Everything that is measured image by image: name -> (depth or depth+1, images), on the CPU.
+    """Everything that is measured image by image: name -> {depth: (images,)}, on the CPU; and the mean spectrum.
 
-    Streams: at most one batch of maps and tokens is held. The numbers are kept in lists: small tensors would lie among
-    the large ones and keep their memory from being given back. Depth 0 is the input of the first block. Tokens are
-    those before the final norm.
+    At most one batch of maps and tokens is held. The numbers are kept in lists: small tensors among the large ones
+    would fragment memory. Depth 0 is the input of the first block. Tokens are those before the final norm. spectrum:
+    log10 of the singular values of an image's tokens over the largest, mean over images, for each depth.
     """
-    rows, grid = {}, ViT.grid_of(config["img_size"], vit.patch)
+    rows, spectra, grid = {}, [0.0] * (len(vit.blocks) + 1), ViT.grid_of(config["img_size"], vit.patch)
+    means = mean_tokens(vit, images, config, args, device)
 
     def note(depth, **values):
         for name, v in values.items():
             rows.setdefault(name, {}).setdefault(depth, []).extend(v.reshape(len(v), -1).mean(dim=1).tolist())
 
     for imgs in stream(images, in_order(images, args.batch), device, args.workers):
-        x = vit.embed(prepare(imgs, config["img_size"], config["mean"], config["std"]))
-        for depth in range(len(vit.blocks) + 1):
+        for depth, x in enumerate(tokens_by_depth(vit, prepare(imgs, config))):
             tokens = x[:, 1:].float()
             bins = fourier_log_amplitude(tokens, grid)
             note(depth, fourier=bins[:, -1], fourier_without_dc=bins[:, -1] - bins[:, min(1, bins.shape[1] - 1)])
-            own = tokens - tokens.mean(dim=(0, 1))  # without what all tokens of the batch share
-            note(depth, within=mean_cosine(tokens), clustered=mean_cosine(own), rank=effective_rank(tokens))
-            if depth == len(vit.blocks):
-                break
-            block = vit.blocks[depth]
-            maps = block.attn.maps(block.norm1(x)).float()
-            note(depth + 1, distance=attention_distance(maps, vit.patch, grid), nmi=nmi(maps))
-            note(depth + 1, queries=query_similarity(maps))
-            if maps.shape[1] > 1:
-                note(depth + 1, heads=head_similarity(maps))
-            x = block(x)
-    return {name: {d: torch.tensor(v) for d, v in by_depth.items()} for name, by_depth in rows.items()}
+            note(depth, within=mean_cosine(tokens), clustered=mean_cosine(tokens - means[depth]))
+            s = singular_values(tokens)
+            note(depth, rank=effective_rank(s))
+            spectra[depth] += (s / s[:, :1]).clamp(min=1e-6).log10().sum(dim=0).cpu() / len(images)
+            if depth < len(vit.blocks):
+                block = vit.blocks[depth]
+                maps = block.attn.maps(block.norm1(x)).float()
+                note(depth + 1, distance=attention_distance(maps, vit.patch, grid), nmi=nmi(maps))
+                note(depth + 1, queries=query_similarity(maps))
+                if maps.shape[1] > 1:
+                    note(depth + 1, heads=head_similarity(maps))
+    by_image = {name: {d: torch.tensor(v) for d, v in by_depth.items()} for name, by_depth in rows.items()}
+    return by_image, [s.tolist() for s in spectra]
 
 
 def features_by_depth(vit, images, config, args, device, noise=None):
-    """Mean patch tokens of each block, through the final norm; last, the method's own read-out: depth+1 of (n, D)."""
+    """Mean patch tokens of each block, through the final norm; last, the method's own feature: depth+1 of (n, D)."""
 
     def encode(x, feature):  # what features() asks
         layers = vit.layers(x if noise is None else x + noise(x.shape).to(x))
@@ -234,21 +239,23 @@ def features_by_depth(vit, images, config, args, device, noise=None):
 
 
 def measure_encoder(vit, config, sets, args, device):
-    """All measurements of one encoder: by image and depth, read-outs, shape against texture, robustness (noise of 0.5
-    standard deviations of its input)."""
+    """All measurements of one encoder: by image and depth, k-NN and linear probes, shape against texture, robustness
+    (noise of 0.5 standard deviations of its input).
+    """
     vit = vit.to(device).eval()
-    found = dict(images=measure_images(vit, sets["test"], config, args, device))
+    by_image, spectrum = measure_images(vit, sets["test"], config, args, device)
+    found = dict(images=by_image, spectrum=spectrum)
     train, test = (features_by_depth(vit, sets[s], config, args, device) for s in ("train", "test"))
-    found["image_rank"] = [effective_rank(t).item() for t in test]
+    found["image_rank"] = [effective_rank(singular_values(t)).item() for t in test]
     if sets["train"].labels is not None and sets["test"].labels is not None:
         y, wanted, n = sets["train"].labels.to(device), sets["test"].labels.to(device), len(train[0])
         batch, found["knn"], found["linear"] = min(256, n), [], []
         total = 30 * (n // batch)
         for a, b in zip(train, test, strict=True):
             found["knn"].append(knn(a, y, b, wanted)[20][0])
-            pairs = ((a[i], y[i]) for i, _ in batches(n, batch, 0, total, 0, 0, 1))
-            head = train_heads(pairs, total, a.shape[1], len(sets["train"].classes), [0.3], batch, device)
-            found["linear"] += accuracies(head(b), wanted)
+            pairs = ((a[i], y[i]) for i, _ in batches(n, batch, 0, total, 0))
+            norm, weight, bias = train_heads(pairs, total, a.shape[1], len(sets["train"].classes), [0.3], batch, device)
+            found["linear"] += accuracies(norm(b) @ weight + bias, wanted)
         bands = torch.arange(0, 1, 0.2 if args.quick else 0.1).tolist()
         found["noise"] = {}
         for band in bands:
@@ -264,7 +271,7 @@ def measure_encoder(vit, config, sets, args, device):
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- verdicts
+# verdicts ------------------------------------------------------------------------------------------------------------
 
 
 def compare(a, b):
@@ -306,7 +313,7 @@ def verdicts(models, results):
 
         return [[one(m) for m in group if name in m["images"]] for group in (cl, mim)]
 
-    def accuracy(part):  # of the linear read-outs of some depths; binomial error
+    def accuracy(part):  # of the linear probes of some depths; binomial error
         def one(m):
             share = np.mean(part(m["linear"][:-1])) / 100
             return 100 * share, 100 * math.sqrt(share * (1 - share) / m["test"])
@@ -326,16 +333,16 @@ def verdicts(models, results):
         for group in (cl, mim)
     ]
     verdict(6, "share of shape in what neighbours have in common: CL > MIM", *shape, 1, found)
-    verdict(7, "linear read-out, first third of blocks: CL < MIM", *accuracy(first), -1, found)
-    verdict(7, "linear read-out, last third of blocks: CL > MIM", *accuracy(last), 1, found)
+    verdict(7, "linear probe, first third of blocks: CL < MIM", *accuracy(first), -1, found)
+    verdict(7, "linear probe, last third of blocks: CL > MIM", *accuracy(last), 1, found)
 
     def rows(key, kinds):  # from eval_linear.py and eval_dense.py
-        kept = [r for r in results if key in r and SIDES.get(r.get("method"), r.get("method")) in kinds]
-        kept = [r for r in kept if not r.get("scratch") and not r.get("drop_ratio")]
-        if len({(r.get("data"), r.get("labels"), r.get("epochs")) for r in kept}) > 1:
+        kept = [r for r in results if key in r["results"] and SIDES.get(r["method"], r["method"]) in kinds]
+        kept = [r for r in kept if not r["args"].get("scratch") and not r["args"].get("drop_ratio")]
+        if len({(r["data"], r["args"].get("labels"), r["args"].get("epochs")) for r in kept}) > 1:
             raise InputError(f"--results: {key} of several --data, --labels or --epochs cannot be compared")
         error = lambda r: math.sqrt(max(1e-9, r[key] * (100 - r[key])) / r["test"])
-        return [(r[key], r.get("error") or error(r)) for r in kept]
+        return [(r[key], r.get("error") or error(r)) for r in (row["results"] for row in kept)]
 
     verdict(8, "linear probe: CL > MIM", rows("linear", ["cl"]), rows("linear", ["mim"]), 1, found)
     verdict(
@@ -348,7 +355,7 @@ def verdicts(models, results):
     )
     verdict(
         9,
-        "dense linear read-out, mean IoU (the paper: fine-tuned on COCO): CL < MIM",
+        "linear segmentation, mean IoU (the paper: fine-tuned on COCO): CL < MIM",
         rows("dense", ["cl"]),
         rows("dense", ["mim"]),
         -1,
@@ -363,13 +370,13 @@ def verdicts(models, results):
 SIDES = dict(dino="cl", mae="mim", pcae="mim")  # what a checkpoint's method says; siameseim and hybrid are both
 
 
-# --------------------------------------------------------------------------------------------------------------- output
+# output --------------------------------------------------------------------------------------------------------------
 
 
 def curves(found):
     """Panel name -> the numbers of one model over depth (or over frequency), for the sheet."""
     mean = lambda name: [(d, v.mean().item()) for d, v in sorted(found["images"].get(name, {}).items())]
-    steps = lambda name: list(enumerate(found.get(name, [])[:-1], 1))  # the last is the method's own read-out
+    steps = lambda name: list(enumerate(found.get(name, [])[:-1], 1))  # the last is the method's own feature
     names = dict(
         distance="attention distance, px", nmi="NMI of query and key", queries="attention alike across queries"
     )
@@ -377,8 +384,9 @@ def curves(found):
     names |= dict(clustered="token cosine, one image, less mean token", fourier="log amplitude, highest - DC")
     names |= dict(fourier_without_dc="log amplitude, highest - lowest", rank="effective rank of an image's tokens")
     out = {title: mean(name) for name, title in names.items()}
+    out["log10 singular values of tokens, last block"] = list(enumerate(found["spectrum"][-1], 1))
     out["effective rank of images"] = steps("image_rank")
-    out |= {"linear read-out, %": steps("linear"), "k-NN, %": steps("knn")}
+    out |= {"linear probe, %": steps("linear"), "k-NN, %": steps("knn")}
     out["k-NN change under noise, points"] = sorted(found.get("noise", {}).items())
     out["shape share of what neighbours share"] = [
         (i, v.mean().item()) for i, v in enumerate(found.get("shape", [])[:-1], 1) if len(v)
@@ -410,7 +418,10 @@ def draw_sheet(models, file, patch, grid):
         if panel in marks:
             ax.axhline(marks[panel], color="grey", linestyle=":", label="uniform attention")
             ax.axhline(0.0 if panel == panels[0] else 1.0, color="grey", linestyle="--", label="attention to itself")
-        ax.set(title=panel, xlabel="frequency of the noise, Nyquist = 1" if "noise" in panel else "block")
+        across = (
+            "frequency of the noise, Nyquist = 1" if "noise" in panel else "rank" if "singular" in panel else "block"
+        )
+        ax.set(title=panel, xlabel=across)
     for ax in axes[len(panels) :]:
         ax.axis("off")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
@@ -431,7 +442,7 @@ def draw_queries(encoders, imgs, file):
     axes = figure.subplots(len(queries) * len(imgs), 1 + len(encoders), squeeze=False)
     for column, (name, (vit, config)) in enumerate(encoders.items(), 1):
         grid = ViT.grid_of(config["img_size"], vit.patch)
-        x = prepare(imgs, config["img_size"], config["mean"], config["std"])
+        x = prepare(imgs, config)
         maps = patches_only(vit.attention(x).float()).mean(dim=1).unflatten(1, grid).unflatten(3, grid).cpu().numpy()
         axes[0, column].set_title(name, fontsize=8)
         for row, (m, (y, x)) in enumerate((m, q) for m in maps for q in queries):
@@ -439,7 +450,8 @@ def draw_queries(encoders, imgs, file):
             axes[row, column].imshow(m[y, x], cmap="magma")
             axes[row, column].plot(x, y, "s", color="red", markersize=4, fillstyle="none")
     first, channels = next(iter(encoders.values()))[1], imgs.shape[1]
-    shown = prepare(imgs, first["img_size"], [0.0] * channels, [1.0] * channels).cpu().numpy()  # what that one sees
+    plain = dict(img_size=first["img_size"], mean=[0.0] * channels, std=[1.0] * channels)
+    shown = prepare(imgs, plain).cpu().numpy()  # what that one sees
     for row, (img, (y, x)) in enumerate((i, q) for i in shown for q in queries):
         axes[row, 0].imshow(img[[0, 1, 2] if len(img) == 3 else [0, 0, 0]].transpose(1, 2, 0))
         axes[row, 0].plot(x * img.shape[2], y * img.shape[1], "s", color="red", markersize=6, fillstyle="none")
@@ -461,38 +473,42 @@ def plain(x):
 
 def load_sets(args, config):
     """Training and test images with labels where there are some, and shape and texture labels where they are known."""
-    side = max(config["img_size"])
-    canvas = side if side <= 64 else round(side * 8 / 7)
-    count = dict(train=args.train_images, test=args.images)
-    sets = {s: load_images(args.data, s, canvas).subset(count[s]) for s in ("train", "test")}
-    if sets["train"].labels is not None and sets["test"].labels is not None:
-        number_alike(sets["train"], sets["test"])
+    side, (train, test) = resize_side(config["img_size"]), open_images(args.data)
+    sets = dict(train=train.subset(args.train_images).at(side), test=test.subset(args.limit).at(side))
     if args.cue_conflict:
         files = [f for f in list_images(args.cue_conflict) if "-" in Path(f).stem]
         if not files:
             raise InputError(f"--cue-conflict {args.cue_conflict}: no <shape class>/<shape>-<texture>.png in it")
         kinds = [Path(f).parent.name for f in files], [Path(f).stem.split("-")[-1].rstrip("0123456789") for f in files]
         shapes, textures = (torch.from_numpy(np.unique(k, return_inverse=True)[1]) for k in kinds)
-        sets |= dict(cue=Images(files, side=canvas), shapes=shapes, textures=textures)
+        sets |= dict(cue=Images(files, side=side), shapes=shapes, textures=textures)
     elif Path(args.data).name == "demo.npz":
-        shapes = load_images(args.data, "test", canvas, label="shapes").subset(args.images)
-        sets |= dict(shapes=shapes.labels, textures=sets["test"].labels)
+        _, shapes = open_images(args.data, label="shapes")
+        sets |= dict(shapes=shapes.subset(args.limit).labels, textures=sets["test"].labels)
     return sets
 
 
 def read_result(file):
-    try:
-        return json.loads(Path(file).read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError) as e:
-        raise InputError(f"--results {file}: its last line is not a result ({type(e).__name__}: {e})") from None
+    """The last line of an evaluation, as it was printed."""
+    with reading(file, "result"):
+        result = json.loads(Path(file).read_text().splitlines()[-1])
+        if not {"method", "data", "args", "results"} <= result.keys():
+            raise InputError(f"--results {file}: its last line is not that of eval_linear.py or eval_dense.py")
+        return result
 
 
 @cli
 def main(argv=None):
-    args = get_args(argv)
-    device, _, _ = launch(args)
+    args = options(__doc__, OPTIONS, argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("this runs in one process: start it without torchrun")
+    if not args.checkpoints:
+        raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
+    if args.quick:
+        args.limit, args.train_images = min(args.limit, 200), min(args.train_images, 500)
+    device = launch(args)
     files = [c.rsplit("=", 1) if c.endswith(("=cl", "=mim")) else [c, None] for c in args.checkpoints]
-    loaded = [(file, kind, *load_encoder(file, quiet=True)) for file, kind in files]
+    loaded = [(file, kind, *load_encoder(file, args.heads, quiet=True)) for file, kind in files]
     args.data = args.data or loaded[0][3].get("data", "demo.npz")
     results = [read_result(f) for f in args.results]
     sets, models = load_sets(args, max((config for *_, config in loaded), key=lambda c: max(c["img_size"]))), {}
@@ -505,7 +521,7 @@ def main(argv=None):
         method = config.get("method", name)
         models[name] = dict(kind=kind, method=method, found=measure_encoder(vit, config, sets, args, device))
     vit, config = loaded[0][2:]
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     untrained = ViT(**vit.config)
     found = measure_encoder(untrained, config, sets, args, device)
     models["untrained"] = dict(kind="untrained", method="untrained", found=found)
@@ -539,11 +555,16 @@ def main(argv=None):
                 f"{c['seeds'][0]} and {c['seeds'][1]} encoders"
             )
         print(f"  claim {c['claim']:2} {c['verdict']:12} {c['what']}{numbers}")
-    result = dict(data=args.data, images=len(sets["test"]), models={n: plain(m) for n, m in models.items()})
-    result["claims"] = plain(claims)
+    results = dict(images=len(sets["test"]), models={n: plain(m) for n, m in models.items()}, claims=plain(claims))
+    result = dict(
+        task="analyze", checkpoint=args.checkpoints, method=None, data=args.data, args=vars(args), results=results
+    )
     (out / "analysis.json").write_text(json.dumps(result, indent=1))
     verdict_of = [f"{c['claim']}: {c['verdict']}" for c in claims]
-    print(json.dumps(dict(out=str(out), data=args.data, images=len(sets["test"]), verdicts=verdict_of)))
+    last = json.dumps(result | dict(results=dict(out=str(out), images=len(sets["test"]), verdicts=verdict_of)))
+    print(last)
+    if args.json:
+        Path(args.json).write_text(last + "\n")
     return result
 
 

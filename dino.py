@@ -38,92 +38,57 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from vit import (
-    COMMON,
-    COUNT,
-    SIZES,
-    InputError,
-    Run,
-    ViT,
-    adamw,
-    attention_mask,
-    autocast,
-    average_and_clip,
-    blend,
-    cli,
-    cosine,
-    crop_resize,
-    ema_update,
-    gaussian_blur,
-    gray,
-    launch,
-    load_data,
-    mean_over_processes,
-    micro_batches,
-    my_rows,
-    options,
-    prepare,
-    sample_boxes,
-    save_grid,
-    seeded,
-    set_rates,
-    shape_of,
-    shift_hue,
-    start_from,
-)
+# isort: off
+from vit import SIZES, InputError, ViT  # 1 network
+from vit import prepare, seeded  # 2 images
+from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
+from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over_processes  # 4 training step
+from vit import micro_batches, my_rows, set_rates
+from vit import attention_mask, save_grid  # 5 evaluation
+from vit import start_from  # 6 checkpoints
+from vit import COMMON, COUNT, MANY, PAIR, SHARE, Run, cli, launch, load_data, options, shape_of  # 7 runs
 
-OPTIONS = (
-    COMMON
-    | dict(  # name=(default, help): one default, or four: for the presets demo, 32, 96 and 224 (the authors')
-        size=(["nano", "tiny", "small", "small"], "width, depth and heads of the network", dict(choices=SIZES)),
-        patch=([4, 4, 8, 16], "patch size, px", COUNT),
-        img_size=(
-            [32, None, 96, 224],
-            "input of the network, px: one number, or height and width",
-            dict(nargs="+", type=int),
-        ),
-        epochs=([8, 100, 100, 100], "length of the run; the schedules follow it", COUNT),
-        batch=([64, 256, 256, 512], "images in an optimiser step, over all processes and micro-batches", COUNT),
-        lr=([2e-3, 1e-3, 5e-4, 5e-4], "learning rate for batch 256; scaled with the batch"),
-        warmup=([1.0, 10.0, 10.0, 10.0], "epochs over which the learning rate rises"),
-        weight_decay=((0.04, 0.4), "of matrices, at the start and at the end"),
-        clip=(3.0, "clip each parameter's gradient to this norm; 0 turns clipping off"),
-        drop_path=([0.0, 0.1, 0.1, 0.1], "stochastic depth of the student"),
-        prototypes=([256, 4096, 8192, 65536], "K, outputs of the head; small data sets need fewer", COUNT),
-        hidden=([512, 2048, 2048, 2048], "width of the head's hidden layers", COUNT),
-        norm_last_layer=(True, "prototypes of unit norm: more stable"),
-        freeze_last_layer=(1, "epochs in which prototypes are frozen; raise it if the loss rises"),
-        global_scale=(
-            [(0.5, 1.0), (0.4, 1.0), (0.4, 1.0), (0.4, 1.0)],
-            "area of the two large crops, share of the image",
-        ),
-        local_crops=([2, 6, 6, 8], "small crops of each image, for the student only; with 0 use --global-scale 0.14 1"),
-        local_size=([16, 16, 48, 96], "their size, px", COUNT),
-        local_scale=([(0.25, 0.5), (0.1, 0.4), (0.05, 0.4), (0.05, 0.4)], "their area, share of the image"),
-        color=([0.0, 1.0, 1.0, 1.0], "strength of colour jitter, grey and solarization; 1 as published"),
-        momentum=(
-            [0.98, 0.99, 0.996, 0.996],
-            "of the teacher's EMA at the start, 1 at the end; lower it for short runs",
-        ),
-        center_momentum=([0.5, 0.9, 0.9, 0.9], "of the centre's EMA; lower it if the winning prototype keeps changing"),
-        teacher_temp=(
-            [(0.02, 0.02), (0.04, 0.04), (0.04, 0.04), (0.04, 0.04)],
-            "the teacher's temperature at the start and after --teacher-temp-epochs; lower it if the loss stays at ln K",
-        ),
-        teacher_temp_epochs=(30.0, "epochs over which the teacher's temperature rises"),
-        ablate=(
-            None,
-            "remove one component and see what breaks",
-            dict(choices=["no-centering", "no-sharpening", "no-momentum", "no-multicrop", "mse", "infonce"]),
-        ),
-    )
+ABLATIONS = {  # the options that they change
+    "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, the entropy falls to 0
+    "no-sharpening": dict(teacher_temp=[0.1, 0.1]),  # that of the student: the entropy rises to ln K
+    "no-momentum": dict(momentum=0.0),  # the teacher is the student itself
+    "no-multicrop": dict(local_crops=0, global_scale=[0.14, 1.0]),  # as the authors without small crops
+    "mse": {},  # these two change the loss
+    "infonce": {},
+}
+# name=(default, help[, arguments for argparse]); four defaults are for the presets demo, 32, 96, 224 (the authors')
+OPTIONS = COMMON | dict(
+    size=(["nano", "tiny", "small", "small"], "width, depth and heads of the network", dict(choices=SIZES)),
+    patch=([4, 4, 8, 16], "patch size, px", COUNT),
+    img_size=([32, None, 96, 224], "input of the network, px: one number, or height and width", PAIR),
+    epochs=([8, 100, 100, 100], "length of the run; the schedules follow it", COUNT),
+    batch=([64, 256, 256, 512], "images in an optimiser step, over all processes and micro-batches", COUNT),
+    lr=([2e-3, 1e-3, 5e-4, 5e-4], "learning rate for batch 256; scaled with the batch"),
+    warmup=([1.0, 10.0, 10.0, 10.0], "epochs over which the learning rate rises"),
+    weight_decay=((0.04, 0.4), "of matrices, at the start and at the end"),
+    clip=(3.0, "clip each parameter's gradient to this norm; 0 turns clipping off"),
+    drop_path=([0.0, 0.1, 0.1, 0.1], "stochastic depth of the student", SHARE),
+    prototypes=([256, 4096, 8192, 65536], "K, outputs of the head; small data sets need fewer", COUNT),
+    hidden=([512, 2048, 2048, 2048], "width of the head's hidden layers", COUNT),
+    norm_last_layer=(True, "prototypes of unit norm: more stable"),
+    freeze_last_layer=(1, "epochs in which prototypes are frozen; raise it if the loss rises"),
+    global_scale=([(0.5, 1.0), *[(0.4, 1.0)] * 3], "area of the two large crops, share of the image"),
+    local_crops=([2, 6, 6, 8], "small crops for the student; use 0 together with --global-scale 0.14 1"),
+    local_size=([16, 16, 48, 96], "their size, px", COUNT),
+    local_scale=([(0.25, 0.5), (0.1, 0.4), (0.05, 0.4), (0.05, 0.4)], "their area, share of the image"),
+    color=([0.0, 1.0, 1.0, 1.0], "strength of colour jitter, grey and solarization; 1 as published"),
+    momentum=([0.98, 0.99, 0.996, 0.996], "of the teacher at the start, 1 at the end; lower it for short runs"),
+    center_momentum=([0.5, 0.9, 0.9, 0.9], "of the centre; lower it if the winning prototype keeps changing"),
+    teacher_temp=([(0.02,), *[(0.04,)] * 3], "at the start [and end]; lower it if the loss stays at ln K", MANY),
+    teacher_temp_epochs=(30.0, "epochs over which the teacher's temperature rises"),
+    ablate=(None, "remove one component and see what breaks", dict(choices=ABLATIONS)),
 )
 
 # views: crops and colours --------------------------------------------------------------------------------------------
 
 
 def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
-    """All random numbers of `views` crops of each image, a dict of (batch, views, ...): BYOL's augmentation (section 3).
+    """All random numbers of `views` crops of each image, (batch, views, ...): BYOL's augmentation (section 3).
 
     side: of the images, px. size (h, w): of the views. scale: area of the crops. blur, solarize: a probability for
     each view. color: strength of the rest, 1 as published.
@@ -140,7 +105,7 @@ def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
     return draws
 
 
-def sample_crops(args, step, side):
+def sample_step(args, step, side):
     """All random numbers of a step: those of the two global views and of the local ones, for the whole batch."""
     g, local_size = seeded(args.seed, step), [args.local_size] * 2
     views = lambda n, size, scale, blur, solarize: sample_views(
@@ -153,7 +118,7 @@ def sample_crops(args, step, side):
 def augment(imgs, draws, size, unit, mean, std):
     """uint8 (B, C, S, S) and what sample_views drew -> normalised views (V·B, C, h, w), view by view.
 
-    unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, else they are left out.
+    unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
     """
     x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
     d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k != "box"}
@@ -247,7 +212,7 @@ def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
 def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     """One optimiser step (section 3, Algorithm 1). Nothing in it waits for the GPU.
 
-    net: a DINO. imgs: uint8 (B, C, S, S). draws: what sample_crops drew. schedule: what schedules gave for this step.
+    net: a DINO. imgs: uint8 (B, C, S, S). draws: what sample_step drew. schedule: what schedules gave for this step.
     Returns (4,): loss, the teacher's entropy, KL and the gradient's norm.
     """
     loss_fn = LOSSES.get(args.ablate, dino_loss)
@@ -284,7 +249,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
 def schedules(step, run, args):
     """Learning rate, weight decay, the teacher's momentum and temperature (section 3.2), from the step alone."""
     total, per_epoch = run.total, run.steps_per_epoch
-    start, end = args.teacher_temp
+    start, end = (args.teacher_temp * 2)[:2]  # one number stands for both
     warm = min(1, step / max(1, min(args.teacher_temp_epochs, args.epochs) * per_epoch - 1))
     return SimpleNamespace(
         lr=cosine(step, total, args.lr * args.batch / 256, 1e-6, args.warmup * per_epoch),
@@ -295,14 +260,7 @@ def schedules(step, run, args):
     )
 
 
-# ablations: what each component is for -------------------------------------------------------------------------------
-
-ABLATIONS = {  # the options that they change; mse and infonce change the loss
-    "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, the entropy falls to 0
-    "no-sharpening": dict(teacher_temp=[0.1, 0.1]),  # that of the student: the entropy rises to ln K
-    "no-momentum": dict(momentum=0.0),  # the teacher is the student itself
-    "no-multicrop": dict(local_crops=0),
-}
+# other losses, and what a collapse is -------------------------------------------------------------------------------
 
 
 def mse_loss(student, teacher, center, **temp):
@@ -339,7 +297,7 @@ def collapse(entropy, kl, prototypes):
 
 @torch.no_grad()
 def draw_attention(vit, x, mean, std, file):
-    """For each of x (B, C, h, w), by head: the CLS token's attention in the last block, and the image where 60 % of it lies.
+    """For each of x (B, C, h, w), by head: where the CLS token attends in the last block, and where 60 % of that lies.
 
     mean, std (C, 1, 1): those with which x was normalised.
     """
@@ -378,7 +336,7 @@ def main(argv=None, images=None):
 
     for step, imgs in run.steps(train):
         schedule = schedules(step, run, args)
-        draws = my_rows(sample_crops(args, step, train.side), device)  # the same for any number of processes
+        draws = my_rows(sample_step(args, step, train.side), device)  # the same for any number of processes
         stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args)
         if run.log_due(step):
             loss, entropy, kl, norm = mean_over_processes(stats).tolist()

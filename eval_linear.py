@@ -2,211 +2,136 @@
 
     python eval_linear.py runs/dino-demo/last.pt                              # seconds: features are computed once
     python eval_linear.py runs/dino-demo/last.pt --feature both --layers 4    # CLS and mean patch token, last 4 blocks
-    python eval_linear.py runs/dino-demo/last.pt --labels 0.1                 # few labels
+    python eval_linear.py runs/dino-demo/last.pt --labels 0.1 --seeds 3       # few labels, three draws of them
     python eval_linear.py runs/dino-demo/last.pt --finetune --epochs 20
-    python eval_linear.py runs/dino-demo/last.pt --finetune --epochs 20 --scratch   # the same, from random weights
+    python eval_linear.py runs/dino-demo/last.pt --finetune --epochs 20 --scratch     # the same from random weights
     python eval_linear.py runs/dino-demo/last.pt --finetune --drop-ratio 0.3  # PCAE's token dropping
+    python eval_linear.py runs/finetune-dino-demo/classifier.pt --data photos/  # what was trained, on other images
     torchrun --nproc-per-node=2 eval_linear.py runs/dino-demo/last.pt
 
-Probe: BatchNorm without affine, then one linear layer (MAE, arXiv 2111.06377, appendix A.1); a head for each learning
-rate, all trained side by side on the same features, the rate chosen on a tenth of the training images (more of very
-small sets), and that head trained again on all of them. The test images are read once. Fine-tuning: AdamW, learning
-rates that fall with depth (layer decay), crops, flips, mixup, label smoothing, drop path; MAE's appendix A.1 and A.2.
+Probe: BatchNorm without affine parameters, then one linear layer (MAE, arXiv 2111.06377, appendix A.1). One head for
+each learning rate is trained on the same features, side by side; the rate is chosen on a tenth of the training images
+(more of very small sets), and that head is trained again on all of them. Test images are used once. --out saves it.
+Fine-tuning: AdamW, learning rates that fall with depth (layer decay), crops, flips, mixup, label smoothing, drop path,
+trained positions (MAE, appendix A.1). Mean tokens get a fresh LayerNorm (fc_norm) instead of the encoder's final one.
+Its folder (runs/finetune-NAME) has last.pt, to resume from, classifier.pt, log.jsonl and curve.png.
 
 Token dropping (PCAE, ICLR 2023, Table 5): inside three blocks, evenly spaced (blocks 3, 6, 9 of 12, counted from 0),
-between attention and MLP, a share of the patch tokens goes: those most similar to their mean. CLS always stays, means
-are over what is left. The paper does not say where it drops; this schedule comes nearest to its MACs.
+between attention and MLP, a share of the patch tokens is dropped: those most similar to their mean. CLS always stays,
+means are over what is left. The paper does not say where it drops; this schedule comes nearest to its MACs.
 
-Differs from the authors' code (MAE's): SGD with momentum in place of LARS; no RandAugment, random erasing or cutmix;
-from scratch without layer decay; mixup draws a weight for each image and mixes neighbours in the batch.
+A classifier is applied to another data set by the names of its classes; only those of them that the data set has can be
+predicted, as is usual for ImageNet-A and -R.
+
+Differs from the authors' code (MAE's): probe by SGD with momentum instead of LARS. Fine-tuning without RandAugment,
+random erasing and cutmix, crops of .35 to 1 of the image (theirs: .08 to 1); mixup draws a weight for each image and
+mixes neighbours in the batch. --scratch is this recipe without layer decay, not theirs for training from scratch.
 """
 
-import argparse
 import json
 import math
-import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
-from vit import (
-    DTYPES,
-    InputError,
-    ViT,
-    cli,
-    drop_path,
-    every,
-    in_order,
-    launch,
-    load_encoder,
-    load_labelled,
-    pooled,
-    positive,
-    prepare,
-    shared_features,
-    stream,
+# isort: off
+from vit import InputError, ViT, drop_path, pooled  # 1 network
+from vit import batches, open_images, prepare, resize_side, seeded, stream  # 2 images
+from vit import crop_resize, sample_boxes  # 3 views
+from vit import autocast, average_and_clip, cosine, gather, mean_over_processes, my_rows, processes  # 4 training step
+from vit import features  # 5 evaluation
+from vit import load_checkpoint, load_encoder, reading, save_checkpoint  # 6 checkpoints
+from vit import COUNT, DATA_HELP, DEVICE, PRECISION, SHARE, Run, cli, launch, options, process_0_first  # 7 runs
+
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+EVALUATION = dict(  # the options of every evaluation
+    checkpoint=(
+        None,
+        "last.pt of a run, a file of weights/, the authors' or timm's",
+        dict(flag="checkpoint", nargs="?"),
+    ),
+    data=(None, f"{DATA_HELP} (what the run was trained on)"),
+    img_size=(None, "input of the network, px (what the checkpoint says)", COUNT),
+    heads=(None, "attention heads, for files of others, which do not tell", COUNT),
+    batch=(256, "images at a time; in training, over all processes", COUNT),
+    workers=(2, "processes that decode images, where a set does not fit into memory"),
+    device=DEVICE,
+    precision=PRECISION,
+    seed=(0, "of weights, order, crops and of the choice of labels", dict(type=int)),
+    limit=(None, "use at most so many training images, and as many test images", COUNT),
+    json=(None, "also write the result, the last line, to this file", dict(metavar="FILE")),
 )
+OPTIONS = EVALUATION | dict(
+    out=(None, "folder for classifier.pt (probe: none; fine-tuning: runs/finetune-NAME)"),
+    feature=(None, "what the linear layer sees (as the method's authors)", dict(choices=("cls", "mean", "both"))),
+    labels=(1.0, "share of the training images that is used, evenly by class", SHARE),
+    seeds=(1, "probe: so many seeds from --seed on, each with labels of its own; mean and standard deviation", COUNT),
+    epochs=(None, "length of the run (probe 90, fine-tuning 100)", COUNT),
+    crop_scale=((0.35, 1.0), "area of the crops, share of the image"),
+    layers=(1, "probe: the features of so many last blocks, side by side", COUNT),
+    augment=(False, "probe: new crops and flips in each epoch; features are not kept: slower"),
+    rates=(
+        (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+        "probe: learning rates tried, for batch 256",
+        dict(nargs="+"),
+    ),
+    finetune=(False, "train the whole network, not only a linear layer"),
+    scratch=(False, "fine-tuning: from random weights; the checkpoint tells shape, data and feature"),
+    drop_ratio=(0.0, "fine-tuning: share of the patch tokens dropped at each of 3 stages", SHARE),
+    lr=(1e-3, "fine-tuning: learning rate for batch 256; scaled with the batch"),
+    layer_decay=(None, "fine-tuning: each block's rate over the next one's (0.75; from scratch 1)", dict(type=float)),
+    drop_path=(0.1, "fine-tuning: stochastic depth", SHARE),
+    mixup=(0.8, "fine-tuning: alpha of the Beta distribution of weights; 0 turns mixup off"),
+    smoothing=(0.1, "fine-tuning: of labels, the share spread over all classes", SHARE),
+    weight_decay=(0.05, "fine-tuning: of matrices, not of biases and norms"),
+)
+PROBE_ONLY = ("seeds", "layers", "augment", "rates")
+FINETUNE_ONLY = ("scratch", "drop_ratio", "lr", "layer_decay", "drop_path", "mixup", "smoothing", "weight_decay")
+
+# what every evaluation does ------------------------------------------------------------------------------------------
 
 
-def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("checkpoint", nargs="?", help="last.pt of a run, a file of weights/, or the authors' weights")
-    add("--data", help="demo.npz, any .npz, cifar10, cifar100, or a folder of images (what the run was trained on)")
-    add("--feature", choices=("cls", "mean", "both"), help="CLS token, mean patch token, or both (as the method says)")
-    add("--labels", type=float, default=1.0, help="share of the training images that is used: fixed, evenly by class")
-    add("--epochs", type=positive, help="length of the run; the schedules follow it")
-    add("--batch", type=positive, default=256, help="images in an optimiser step, over all processes")
-    add("--img-size", type=positive, help="input of the network, px (what the checkpoint says)")
-    add("--workers", type=int, default=2, help="processes that decode images, where a set does not fit in memory")
-    add("--device", help="cuda, mps or cpu (the first that is there)")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="auto: bf16 if the hardware has it",
-    )
-    add("--seed", type=int, default=0, help="of weights, order, crops, colours and masks")
-    add("--crop-scale", type=float, nargs=2, default=[0.35, 1.0], help="area of the crop, share of image")
-    add = p.add_argument_group("probe (90 epochs)").add_argument
-    probe_only = [
-        add("--layers", type=positive, default=1, help="the features of so many last blocks, side by side"),
-        add("--augment", action="store_true", help="new crops and flips in each epoch; features are not kept: slower"),
-        add(
-            "--rates",
-            type=float,
-            nargs="+",
-            default=[0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
-            help="learning rates tried, for batch 256; scaled with the batch",
-        ),
-    ]
-    add = p.add_argument_group("fine-tuning (100 epochs)").add_argument
-    add("--finetune", action="store_true", help="train the whole network, not only a linear layer")
-    finetune_only = [
-        add(
-            "--scratch", action="store_true", help="from random weights: the checkpoint tells shape, data and read-out"
-        ),
-        add("--drop-ratio", type=float, default=0.0, help="share of the patch tokens dropped at each of 3 stages"),
-        add("--lr", type=float, default=1e-3, help="learning rate for batch 256; scaled with the batch"),
-        add("--layer-decay", type=float, help="each block's learning rate over the next one's (0.75; from scratch 1)"),
-        add("--drop-path", type=float, default=0.1, help="stochastic depth, in training"),
-        add("--mixup", type=float, default=0.8, help="alpha of the Beta distribution of weights, 0: none"),
-        add("--smoothing", type=float, default=0.1, help="of labels: the share spread over all classes"),
-        add("--weight-decay", type=float, default=0.05, help="not of biases and norms"),
-    ]
-    args = p.parse_args(argv)
+def open_encoder(args):
+    """The encoder in args.checkpoint and its config, with --img-size; fills in args.data."""
     if not args.checkpoint:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
-    foreign = probe_only if args.finetune else finetune_only
-    given = [a.option_strings[0] for a in foreign if getattr(args, a.dest) != a.default]
-    if given:
-        raise InputError(f"{', '.join(given)}: of {'the probe alone' if args.finetune else '--finetune; add it'}")
-    for name in ("drop_ratio", "drop_path", "smoothing"):
-        if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be in [0, 1)")
-    if not 0 < args.labels <= 1:
-        raise InputError("--labels must be in (0, 1]")
-    if args.seed < 0 or args.mixup < 0 or (args.layer_decay is not None and args.layer_decay <= 0):
-        raise InputError("--seed and --mixup must be 0 or more, --layer-decay more than 0")
-    args.epochs = args.epochs or (100 if args.finetune else 90)
-    args.layer_decay = args.layer_decay or (1.0 if args.scratch else 0.75)
-    return args
+    vit, config = load_encoder(args.checkpoint, args.heads, quiet=processes()[0] > 0)
+    config["img_size"] = [args.img_size] * 2 if args.img_size else config["img_size"]
+    ViT.grid_of(config["img_size"], vit.patch)
+    args.data = args.data or config.get("data", "demo.npz")
+    return vit, config
 
 
-def share_of_labels(labels, share):
-    """Indices of a fixed share of the images, evenly by class and at least one of each, in a fixed random order."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    if share < 1:
-        members = [order[labels[order] == c] for c in labels.unique()]
-        chosen = torch.cat([m[: max(1, round(share * len(m)))] for m in members])
-        order = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
-    return order
+def open_labelled(args, config):
+    """Training and test images with labels, of the size that the network needs."""
+    rank, world = processes()
+    with process_0_first():
+        sets = open_images(args.data)
+    if any(s.labels is None for s in sets):
+        raise InputError(f"--data {args.data} has no labels: this needs class folders, or labels in the .npz")
+    if sets[0].channels != config["in_chans"]:
+        raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets[0].channels}")
+    sets = [s.subset(args.limit or len(s)).at(resize_side(config["img_size"]), quiet=rank > 0) for s in sets]
+    if min(map(len, sets)) < world:
+        raise InputError(f"--data {args.data}: fewer images than the {world} processes")
+    return sets
 
 
-# --------------------------------------------------------------------------------------------------------------- probe
-
-
-class Reader:
-    """What features() asks: encode(imgs, feature) -> (B, width), for several blocks and both kinds of feature."""
-
-    def __init__(self, vit, layers):
-        if layers > len(vit.blocks):
-            raise InputError(f"--layers {layers}: this encoder has {len(vit.blocks)} blocks")
-        self.vit, self.layers = vit, layers
-
-    def encode(self, imgs, feature):
-        if self.layers == 1:
-            return self.vit.encode(imgs, feature)
-        return torch.cat([pooled(x, feature) for x in self.vit.layers(imgs)[-self.layers :]], dim=1)
-
-
-def train_heads(pairs, total, width, classes, rates, batch, device):
-    """Linear layers on batch-normalised features, one for each learning rate, trained side by side by SGD.
-
-    pairs: `total` times (features (B, width), labels (B,)). Returns logits(x): (M, width) -> (rates, M, classes).
-    The gradient of each head is that of its own loss, so it ends where it would end alone.
-    """
-    norm = nn.BatchNorm1d(width, affine=False, eps=1e-6).to(device)
-    weight = torch.zeros(len(rates), width, classes, device=device, requires_grad=True)
-    bias = torch.zeros(len(rates), 1, classes, device=device, requires_grad=True)
-    scale = torch.tensor(rates, device=device).view(-1, 1, 1) * batch / 256
-    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)  # linear in gradients: they may carry the rates
-    for step, (x, y) in enumerate(pairs):
-        logits = norm(x) @ weight + bias
-        F.cross_entropy(logits.flatten(0, 1), y.repeat(len(rates)), reduction="sum").div(len(y)).backward()
-        for p in (weight, bias):
-            p.grad *= scale
-        optimizer.param_groups[0]["lr"] = cosine(step, total, 1.0, 0.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    norm.eval()
-    return lambda x: (norm(x) @ weight + bias).detach()
-
-
-def probe(args, vit, sets, config, device, rank, world):
-    """Linear accuracy, percent. The rate is chosen on the last tenth of the training images in their fixed order."""
-    reader, dtype = Reader(vit.to(device).eval(), args.layers), DTYPES[args.precision]
-    config, test = dict(config, feature=args.feature or config["feature"]), sets["test"]
-    train = sets["train"].pick(share_of_labels(sets["train"].labels, args.labels).tolist())
-    y, mean, std = train.labels.to(device), *statistics(config, device)
-
-    all_features = lambda images: shared_features(reader, images, config, device, dtype, 256, args.workers)
-
-    def pairs(n, batch, total):  # features and labels of the batches of a run over the first n images
-        plan = lambda *share: batches(n, batch, 0, total, args.seed, *share)
-        if not args.augment:
-            yield from ((x[i], y[i]) for i, _ in plan(0, 1))
-            return
-        imgs = stream(train, plan(rank, world), device, args.workers)
-        for step, ((index, _), mine) in enumerate(zip(plan(0, 1), imgs, strict=True)):
-            draws = my_rows(draw_mixes(args, step, batch), rank, world, device)
-            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                crops = crop_resize(mine.float() / 255, draws["box"], draws["flip"], config["img_size"])
-                found = reader.encode((crops - mean) / std, config["feature"]).float()
-            yield torch.cat(every(found)), y[index]
-
-    def fit(n, rates):
-        batch = min(args.batch, n) // world * world
-        if batch < 2:
-            raise InputError(f"{n} training images, --batch {args.batch}: BatchNorm needs two in a batch")
-        total = args.epochs * (n // batch)
-        return train_heads(pairs(n, batch, total), total, test_x.shape[1], len(train.classes), rates, batch, device)
-
-    test_x, x = all_features(test), None if args.augment else all_features(train)
-    tried, n = {}, len(train)
-    kept = n - max(n // 10, min(len(train.classes), n // 2))  # a tenth, but as many as classes, and at most half
-    if 1 < kept < n and len(args.rates) > 1:
-        held = all_features(train.pick(range(kept, n))) if x is None else x[kept:]
-        tried = dict(zip(args.rates, accuracies(fit(kept, args.rates)(held), y[kept:]), strict=True))
-    rate = max(tried, key=tried.get) if tried else args.rates[len(args.rates) // 2]
-    accuracy = accuracies(fit(n, [rate])(test_x), test.labels.to(device))[0]
-    tried = {f"{k:g}": round(v, 2) for k, v in tried.items()}
-    return dict(linear=round(accuracy, 2), rate=rate, tried=tried, feature=config["feature"], layers=args.layers)
+def report(task, args, config, results):
+    """Prints the last line: one JSON object with the same keys for every evaluation; also to --json FILE."""
+    result = dict(task=task, checkpoint=str(args.checkpoint), method=config.get("method"), data=args.data)
+    result |= dict(args=vars(args), results=results)
+    if processes()[0] == 0:
+        print(json.dumps(result), flush=True)
+        if args.json:
+            with reading(args.json, "file to write"):
+                Path(args.json).write_text(json.dumps(result) + "\n")
+    return result
 
 
 def accuracies(logits, labels):
@@ -214,7 +139,40 @@ def accuracies(logits, labels):
     return (100 * (logits.argmax(dim=-1) == labels).float().mean(dim=1)).tolist()
 
 
-# --------------------------------------------------------------------------------------------------------- fine-tuning
+def share_of_labels(labels, share, seed=0):
+    """Indices of a share of the images, evenly by class and at least one of each, in random order; one draw a seed."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=g)
+    if share < 1:
+        members = [order[labels[order] == c] for c in labels.unique()]
+        chosen = torch.cat([m[: max(1, round(share * len(m)))] for m in members])
+        order = chosen[torch.randperm(len(chosen), generator=g)]
+    return order.tolist()
+
+
+def sample_mixes(args, step, side, config):
+    """All random numbers of a step, for the whole batch: a crop, a flip, and mixup's weight, at least one half."""
+    g, (h, w), weight = seeded(args.seed, step), config["img_size"], torch.ones(args.batch, dtype=torch.float64)
+    if args.mixup:
+        weight = torch.from_numpy(np.random.default_rng([args.seed, step]).beta(args.mixup, args.mixup, args.batch))
+    return dict(
+        box=sample_boxes((args.batch, 1), side, args.crop_scale, w / h, g),
+        flip=torch.rand((args.batch, 1), generator=g) < 0.5,
+        weight=torch.maximum(weight, 1 - weight).float(),
+    )
+
+
+def augment(imgs, draws, size, mean, std):
+    """uint8 (B, C, S, S) -> normalised random resized crops (B, C, h, w)."""
+    return (crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size) - mean) / std
+
+
+def statistics(config, device):
+    """Mean and standard deviation as (C, 1, 1) tensors."""
+    return (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
+
+
+# classifier ----------------------------------------------------------------------------------------------------------
 
 
 def drop_tokens(x, ratio):
@@ -232,29 +190,169 @@ def stages_of(depth):
 
 
 class Classifier(nn.Module):
-    """A ViT, its read-out (CLS, mean patch token, or both) and a linear layer. ratio: tokens dropped at each stage."""
+    """An encoder, a norm and a linear layer.
 
-    def __init__(self, vit, classes, feature, ratio=0.0):
+    feature, layers: "cls", "mean" or "both" of the last so many blocks. norm: "batch" for the probe; "layer" for
+    fine-tuned mean tokens, in place of the encoder's final norm; "none". ratio: of tokens dropped at each stage.
+    """
+
+    def __init__(self, vit, classes, feature, layers=1, norm="none", ratio=0.0):
         super().__init__()
-        self.vit, self.feature, self.ratio = vit, feature, ratio
-        self.head = nn.Linear(vit.dim * (1 + (feature == "both")), classes)
+        if layers > len(vit.blocks):
+            raise InputError(f"--layers {layers}: this encoder has {len(vit.blocks)} blocks")
+        self.config = dict(feature=feature, layers=layers, norm=norm, ratio=ratio)
+        self.vit, self.feature, self.layers, self.ratio = vit, feature, layers, ratio
+        width = vit.dim * layers * (1 + (feature == "both"))
+        norms = dict(batch=lambda: nn.BatchNorm1d(width, affine=False, eps=1e-6), none=nn.Identity)
+        self.norm = norms.get(norm, lambda: nn.LayerNorm(width, eps=1e-6))()
+        if norm == "layer":
+            vit.norm, vit.config["norm"] = nn.Identity(), False
+        self.head = nn.Linear(width, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, imgs):
-        """(B, C, height, width) -> logits (B, classes)."""
-        x, stages = self.vit.embed(imgs), stages_of(len(self.vit.blocks)) if self.ratio else ()
+    def encode(self, imgs, feature):
+        """(B, C, h, w) -> (B, width), as features() asks."""
+        x, out, depth = self.vit.embed(imgs), [], len(self.vit.blocks)
         for i, block in enumerate(self.vit.blocks):
             p = block.drop_path if self.training else 0
             x = x + drop_path(block.attn(block.norm1(x)), p)
-            if i in stages:
+            if self.ratio and i in stages_of(depth):
                 x = drop_tokens(x, self.ratio)
             x = x + drop_path(block.mlp(block.norm2(x)), p)
-        return self.head(pooled(self.vit.norm(x), self.feature))
+            if i >= depth - self.layers:
+                out.append(pooled(self.vit.norm(x), feature))
+        return torch.cat(out, dim=1)
+
+    def forward(self, imgs):
+        """(B, C, h, w) -> logits (B, classes)."""
+        return self.head(self.norm(self.encode(imgs, self.feature)))
+
+
+def predict(net, images, config, device, args):
+    """Logits of all images, (N, classes)."""
+    training, logits = net.training, SimpleNamespace(encode=lambda x, feature: net(x))
+    net.eval()
+    found = features(logits, images, config, device, args.precision, args.batch, args.workers)
+    net.train(training)
+    return found
+
+
+def save_classifier(file, net, config, classes):
+    """What apply() needs: encoder, norm and linear layer with their config, and the names of the classes."""
+    state = dict(classifier=net.state_dict(), how=net.config, encoder=net.vit.state_dict(), classes=classes)
+    save_checkpoint(file, state | dict(config=config | net.vit.config))
+
+
+def apply(args, state, vit, config, device):
+    """Accuracy of a classifier, percent, on test images of another set, by the names of the classes."""
+    with reading(args.checkpoint, "classifier"):
+        net = Classifier(vit, len(state["classes"]), **state["how"])
+        net.load_state_dict(state["classifier"])
+    _, test = open_labelled(args, config)
+    unknown = [c for c in test.classes if c not in state["classes"]]
+    if unknown:
+        raise InputError(f"--data {args.data} has classes that were not trained: {', '.join(unknown[:5])}")
+    own = [state["classes"].index(c) for c in test.classes]
+    logits = predict(net.to(device), test, config, device, args)[:, own]
+    return dict(
+        accuracy=round(accuracies(logits[None], test.labels.to(device))[0], 2), test=len(test), classes=len(own)
+    )
+
+
+# probe ---------------------------------------------------------------------------------------------------------------
+
+
+def train_heads(pairs, total, width, classes, rates, batch, device):
+    """Linear layers on batch-normalised features, one for each learning rate, trained side by side by SGD.
+
+    pairs: `total` times (features (B, width), labels (B,)). The gradient of each head is that of its own loss, so it
+    ends where it would end alone. Returns the norm, weights (rates, width, classes) and biases (rates, 1, classes).
+    """
+    norm = nn.BatchNorm1d(width, affine=False, eps=1e-6).to(device)
+    weight = torch.zeros(len(rates), width, classes, device=device, requires_grad=True)
+    bias = torch.zeros(len(rates), 1, classes, device=device, requires_grad=True)
+    scale = torch.tensor(rates, device=device).view(-1, 1, 1) * batch / 256
+    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)  # linear in gradients: they may carry the rates
+    for step, (x, y) in enumerate(pairs):
+        logits = norm(x) @ weight + bias
+        F.cross_entropy(logits.flatten(0, 1), y.repeat(len(rates)), reduction="sum").div(len(y)).backward()
+        for p in (weight, bias):
+            p.grad *= scale
+        optimizer.param_groups[0]["lr"] = cosine(step, total, 1.0, 0.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm.eval(), weight.detach(), bias.detach()
+
+
+def probe(args, net, train, test, config, device):
+    """Linear accuracy, percent, of one draw of labels. The rate is chosen on the last tenth of the training images."""
+    rank, world = processes()
+    classes, how = len(train.classes), (config, device, args.precision, args.batch, args.workers)
+    y, test_x = train.labels.to(device), features(net, test, *how)
+    x = None if args.augment else features(net, train, *how)
+
+    def pairs(n, batch, total):  # features and labels of the batches of a run over the first n images
+        if not args.augment:
+            yield from ((x[i], y[i]) for i, _ in batches(n, batch, 0, total, args.seed, whole=True))
+            return
+        keys, mixes = list(batches(n, batch, 0, total, args.seed)), SimpleNamespace(**vars(args) | dict(batch=batch))
+        for step, ((index, _), imgs) in enumerate(zip(keys, stream(train, keys, device, args.workers), strict=True)):
+            draws = my_rows(sample_mixes(mixes, step, train.side, config), device)
+            with torch.no_grad(), autocast(device, args.precision):
+                crops = augment(imgs, draws, config["img_size"], *statistics(config, device))
+                found = net.encode(crops, config["feature"]).float()
+            yield torch.cat(gather(found)), torch.cat(gather(y[index]))
+
+    def fit(n, rates):
+        batch = min(args.batch, n) // world * world
+        if batch < 2:
+            raise InputError(f"{n} training images, --batch {args.batch}: BatchNorm needs two in a batch")
+        total = args.epochs * (n // batch)
+        return train_heads(pairs(n, batch, total), total, test_x.shape[1], classes, rates, batch, device)
+
+    def accuracy(fitted, x, y):
+        norm, weight, bias = fitted
+        return accuracies(norm(x) @ weight + bias, y)
+
+    tried, n = {}, len(train)
+    kept = n - max(n // 10, min(classes, n // 2))  # held out: a tenth, but as many as classes, and at most half
+    if 1 < kept < n and len(args.rates) > 1:
+        held = features(net, train.pick(range(kept, n)), *how) if x is None else x[kept:]
+        tried = dict(zip(args.rates, accuracy(fit(kept, args.rates), held, y[kept:]), strict=True))
+    rate = max(tried, key=tried.get) if tried else args.rates[len(args.rates) // 2]
+    if rank == 0 and tried and rate in (args.rates[0], args.rates[-1]):
+        print(f"warning: the best of the --rates, {rate:g}, is the first or the last: try a wider range")
+    norm, weight, bias = fitted = fit(n, [rate])
+    net.norm.load_state_dict(norm.state_dict())
+    net.head.weight.data, net.head.bias.data = weight[0].T.contiguous(), bias[0, 0]
+    found = dict(linear=round(accuracy(fitted, test_x, test.labels.to(device))[0], 2), rate=rate, train=n)
+    return found | dict(tried={f"{k:g}": round(v, 2) for k, v in tried.items()})
+
+
+def probe_seeds(args, vit, train, test, config, device):
+    """probe() for --seeds draws of labels: mean, standard deviation, and each."""
+    config = dict(config, feature=args.feature or config["feature"])
+    net = Classifier(vit, len(train.classes), config["feature"], args.layers, norm="batch").to(device).eval()
+    found = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        some = train.pick(share_of_labels(train.labels, args.labels, seed))
+        found.append(probe(SimpleNamespace(**vars(args) | dict(seed=seed)), net, some, test, config, device))
+    if args.out and processes()[0] == 0:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        save_classifier(Path(args.out) / "classifier.pt", net, config, train.classes)
+    values = [f["linear"] for f in found]
+    result = dict(found[0], linear=round(float(np.mean(values)), 2), feature=config["feature"], test=len(test))
+    return result | (
+        dict(linear_sd=round(float(np.std(values, ddof=1)), 2), linear_each=values) if len(values) > 1 else {}
+    )
+
+
+# fine-tuning ---------------------------------------------------------------------------------------------------------
 
 
 def macs(config, img_size, ratio=0.0, classes=0):
-    """Multiply-accumulates for an image of img_size (height, width): patches, blocks with attention, head."""
+    """Multiply-accumulates for an image of img_size (h, w): patches, blocks with attention, head."""
     n, d = math.prod(ViT.grid_of(img_size, config["patch"])), config["dim"]
     total = n * d * config["patch"] ** 2 * config["in_chans"] + d * classes
     for i in range(config["depth"]):
@@ -269,11 +367,10 @@ def layer_groups(net, decay, weight_decay):
     """Optimiser groups: a rate's factor is decay ** (layers above, the head among them). Only matrices decay."""
     depth, groups = len(net.vit.blocks), {}
     for name, p in net.named_parameters():
-        if p.requires_grad:
-            block = int(name.split(".")[2]) + 1 if name.startswith("vit.blocks.") else 0
-            layer = block if name.startswith(("vit.blocks", "vit.patch", "vit.cls", "vit.pos")) else depth + 1
-            key = (decay ** (depth + 1 - layer), weight_decay if p.ndim == 2 or p.ndim == 4 else 0.0)
-            groups.setdefault(key, []).append(p)
+        block = int(name.split(".")[2]) + 1 if name.startswith("vit.blocks.") else 0
+        layer = block if name.startswith(("vit.blocks", "vit.patch", "vit.cls", "vit.pos")) else depth + 1
+        key = (decay ** (depth + 1 - layer), weight_decay if p.ndim in (2, 4) else 0.0)
+        groups.setdefault(key, []).append(p)
     return [dict(params=p, factor=factor, weight_decay=wd) for (factor, wd), p in groups.items()]
 
 
@@ -286,74 +383,98 @@ def mixed_loss(net, imgs, labels, weight, smoothing):
     return (weight * loss(labels) + (1 - weight) * loss(labels[other])).mean()
 
 
-def finetune(args, vit, sets, config, device, rank, world):
+def finetune_step(net, optimizer, scaler, imgs, labels, draws, lr, size, args):
+    """One optimiser step. Returns the loss, (), still on the device."""
+    x = augment(imgs, draws, size, net.mean, net.std)
+    with autocast(x.device, args.precision):
+        loss = mixed_loss(net, x, labels, draws["weight"], args.smoothing)
+    scaler.scale(loss).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = group["factor"] * lr
+    norm = average_and_clip(optimizer, scaler, clip=0)
+    optimizer.found_inf = 1 - norm.isfinite().float()  # the fused AdamW then changes nothing
+    optimizer.step()
+    optimizer.zero_grad()
+    scaler.update()
+    return loss.detach()
+
+
+def finetune(args, vit, train, test, config, device):
     """Accuracy after fine-tuning, percent, with the speed and the MACs of what was trained."""
-    train, test = sets["train"].pick(share_of_labels(sets["train"].labels, args.labels).tolist()), sets["test"]
+    rank, world = processes()
+    train = train.pick(share_of_labels(train.labels, args.labels, args.seed)) if args.labels < 1 else train
+    feature = args.feature or config["feature"]
+    config = dict(config, feature=feature)
+    torch.manual_seed(args.seed)
+    vit = ViT(**vit.config) if args.scratch else vit
+    vit.pos_embed.requires_grad_(True)
     for block, rate in zip(vit.blocks, torch.linspace(0, args.drop_path, len(vit.blocks)).tolist(), strict=True):
         block.drop_path = rate
-    torch.manual_seed(args.seed)
-    net = Classifier(vit, len(train.classes), args.feature or config["feature"], args.drop_ratio).to(device)
+    norm = "layer" if feature == "mean" else "none"
+    net = Classifier(vit, len(train.classes), feature, norm=norm, ratio=args.drop_ratio).to(device)
+    for name, value in zip(("mean", "std"), statistics(config, device), strict=True):
+        net.register_buffer(name, value, persistent=False)
     optimizer = torch.optim.AdamW(layer_groups(net, args.layer_decay, args.weight_decay), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    dtype, (mean, std) = DTYPES[args.precision], statistics(config, device)
     batch = min(args.batch, len(train)) // (2 * world) * 2 * world
     if not batch:
         few = f"--batch {args.batch} of {len(train)} training images"
         raise InputError(f"{few} is too few for {world} process(es): a pair for each, for mixup")
-    if rank == 0 and batch < min(args.batch, len(train)):
-        print(f"batch {batch}, not {args.batch}: pairs for mixup, as many in each process", file=sys.stderr)
-    per_epoch = len(train) // batch
-    total, warmup, seconds = args.epochs * per_epoch, min(5, args.epochs / 10) * per_epoch, time.perf_counter()
-    plan = lambda: batches(len(train), batch, 0, total, args.seed, rank, world)
+    if rank == 0 and batch < args.batch:
+        print(f"warning: --batch {batch}, not {args.batch}: pairs for mixup, as many in each process")
+    args.batch, args.method, args.steps = batch, "finetune", None
+    name = Path(args.checkpoint).parent.name if Path(args.checkpoint).stem == "last" else Path(args.checkpoint).stem
+    args.out = args.out or f"runs/finetune-{name}" + "-scratch" * args.scratch
+    run = Run(args, net, vit, optimizer, scaler, train, None)
+    run.resume()
     net.train()
-    for step, ((index, _), imgs) in enumerate(zip(plan(), stream(train, plan(), device, args.workers), strict=True)):
-        draws = my_rows(draw_mixes(args, step, batch), rank, world, device)
-        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)  # for drop path
-        x = (crop_resize(imgs.float() / 255, draws["box"], draws["flip"], config["img_size"]) - mean) / std
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = mixed_loss(net, x, train.labels[index].to(device), draws["weight"], args.smoothing)
-        scaler.scale(loss).backward()
-        if world > 1:
-            for p in net.parameters():
-                if p.grad is not None:
-                    p.grad.copy_(mean_over_processes(p.grad))
-        for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * cosine(step, total, args.lr * batch / 256, 1e-6, warmup)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if (step + 1) % per_epoch == 0:
-            if not loss.isfinite() or loss > 100 * math.log(len(train.classes)):
-                raise InputError(f"the loss is {loss.item():.3g}: lower --lr")
-            if rank == 0:
-                print(f"epoch {(step + 1) // per_epoch}: loss {loss.item():.3f}", file=sys.stderr)
-    seconds = time.perf_counter() - seconds
-    net.eval()
-    right = torch.zeros((), device=device)
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        mine = test.pick(range(rank, len(test), world))
-        keys = in_order(mine, 256)
-        for (index, _), imgs in zip(keys, stream(mine, keys, device, args.workers), strict=True):
-            logits = net(prepare(imgs, config["img_size"], config["mean"], config["std"]))
-            right += (logits.argmax(dim=1) == mine.labels[index].to(device)).sum()
-        gmacs = round(macs(vit.config, config["img_size"], args.drop_ratio, len(train.classes)) / 1e9, 4)
-        result = dict(finetuned=round(100 * mean_over_processes(right).item() * world / len(test), 2))
-        result.update(scratch=args.scratch, drop_ratio=args.drop_ratio, gmacs=gmacs)
-        result.update(training_images_per_s=round(total * batch / seconds, 1), minutes=round(seconds / 60, 2))
-        if args.drop_ratio:
-            imgs = torch.stack([test[i, 0.5] for i in range(min(256, len(test)))]).to(device)
-            result["speed"] = speed(net, prepare(imgs, config["img_size"], config["mean"], config["std"]))
-    return result | dict(feature=net.feature)
+
+    labels, start, first = train.labels.to(device), time.perf_counter(), run.first
+    keys = batches(len(train), batch, first, run.stop, args.seed)
+    warmup = min(5, args.epochs / 10) * run.steps_per_epoch
+    for (step, imgs), (index, _) in zip(run.steps(train), keys, strict=False):
+        lr = cosine(step, run.total, args.lr * batch / 256, 1e-6, warmup)
+        draws = my_rows(sample_mixes(args, step, train.side, config), device)
+        y = labels[torch.as_tensor(index).to(device, non_blocking=True)]
+        loss = finetune_step(net, optimizer, scaler, imgs, y, draws, lr, config["img_size"], args)
+        if run.log_due(step):
+            value = mean_over_processes(loss).item()
+            run.log(step, loss=value, lr=lr)
+            if not value < 100 * math.log(len(train.classes)):
+                raise InputError(f"the loss is {value:.3g}: lower --lr")
+        if (step + 1) % run.steps_per_epoch == 0:
+            paused = time.perf_counter()
+            logits = predict(net, test, config, device, args)
+            accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
+            run.write(step=step + 1, epoch=(step + 1) // run.steps_per_epoch, accuracy=accuracy)
+            run.draw_curve("accuracy")
+            run.since += time.perf_counter() - paused
+        if run.save_due(step):
+            run.save(step)
+    seconds = time.perf_counter() - start
+    if rank == 0:
+        save_classifier(run.out / "classifier.pt", net.eval(), config, train.classes)
+    run.bar.close()
+    gmacs = macs(vit.config, config["img_size"], args.drop_ratio, len(train.classes)) / 1e9
+    last = run.last("accuracy", "seconds") if rank == 0 else dict(accuracy=None, seconds=0)
+    result = dict(finetuned=last["accuracy"], scratch=args.scratch, drop_ratio=args.drop_ratio, gmacs=round(gmacs, 4))
+    result |= dict(feature=feature, norm=norm, train=len(train), test=len(test), minutes=round(last["seconds"] / 60, 2))
+    if run.stop > first:
+        result["training_images_per_s"] = round((run.stop - first) * batch / seconds, 1)
+    if args.drop_ratio:
+        some = test.subset(256)
+        imgs = torch.stack([some[i, 0.5] for i in range(len(some))]).to(device)
+        result["speed"] = speed(net.eval(), prepare(imgs, config), args.drop_ratio)
+    return result | dict(classifier=str(run.out / "classifier.pt"))
 
 
-def speed(net, imgs, turns=9):
+@torch.no_grad()
+def speed(net, imgs, ratio, turns=9):
     """Images per second with dropping over those without, measured in turns: the median ratio."""
-    ratio, ratios = net.ratio, []
+    ratios = []
     for _ in range(turns):
         taken = []
         for net.ratio in (0.0, ratio):
-            if imgs.device.type == "cuda":
-                torch.cuda.synchronize()
             start = time.perf_counter()
             net(imgs).sum().item()  # waits for the device
             taken.append(time.perf_counter() - start)
@@ -361,138 +482,36 @@ def speed(net, imgs, turns=9):
     return round(float(np.median(ratios)), 3)
 
 
-# -------------------------------------------------------------------------------------------------------------- common
-
-
-def statistics(config, device):
-    """Mean and standard deviation as (C, 1, 1) tensors."""
-    return (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
-
-
-def draw_mixes(args, step, batch):
-    """All random numbers of a step, for the whole batch: a crop, a flip, and mixup's weight, at least one half."""
-    g = seeded(args.seed, step)
-    weight = torch.ones(batch, dtype=torch.float64)
-    if args.mixup:
-        weight = torch.from_numpy(np.random.default_rng([args.seed, step]).beta(args.mixup, args.mixup, batch))
-    return dict(
-        box=draw_boxes((batch, 1), args.canvas, args.crop_scale, args.aspect, g),
-        flip=torch.rand((batch, 1), generator=g) < 0.5,
-        weight=torch.maximum(weight, 1 - weight).float(),
-    )
+def check(args):
+    """Refuses options that would be ignored, or that make no sense together."""
+    foreign = PROBE_ONLY if args.finetune else FINETUNE_ONLY
+    given = [f"--{k.replace('_', '-')}" for k in foreign if getattr(args, k) != OPTIONS[k][0]]
+    if given:
+        raise InputError(f"{', '.join(given)}: for {'the probe' if args.finetune else '--finetune'} only")
+    if args.labels == 0 or args.drop_ratio == 1 or args.drop_path == 1 or args.smoothing == 1:
+        raise InputError("--labels must be above 0; --drop-ratio, --drop-path and --smoothing below 1")
+    if args.seed < 0 or args.mixup < 0 or (args.layer_decay is not None and args.layer_decay <= 0):
+        raise InputError("--seed and --mixup must be 0 or more, --layer-decay above 0")
+    if min(args.rates) <= 0 or not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        raise InputError("--rates must be above 0, --crop-scale two shares of the image, the smaller one first")
+    args.epochs = args.epochs or (100 if args.finetune else 90)
+    args.layer_decay = args.layer_decay or (1.0 if args.scratch else 0.75)
+    args.rates, args.crop_scale = sorted(args.rates), list(args.crop_scale)
 
 
 @cli
 def main(argv=None):
-    args = get_args(argv)
-    device, rank, world = launch(args)
-    vit, config = load_encoder(args.checkpoint, quiet=rank > 0)
-    if args.img_size:
-        config["img_size"] = [args.img_size] * 2
-    if args.scratch:
-        torch.manual_seed(args.seed)
-        vit = ViT(**vit.config)
-    args.data = args.data or config.get("data", "demo.npz")
-    side = max(config["img_size"])
-    args.canvas = side if side <= 64 else round(side * 8 / 7)
-    args.aspect = config["img_size"][1] / config["img_size"][0]
-    sets = load_labelled(args, config, args.canvas, rank, world, "a read-out")
-    how = finetune if args.finetune else probe
-    result = how(args, vit, sets, config, device, rank, world)
-    settings = dict(
-        checkpoint=str(args.checkpoint),
-        method=config.get("method"),
-        data=args.data,
-        labels=args.labels,
-        epochs=args.epochs,
-    )
-    result |= settings | dict(seed=args.seed, train=len(sets["train"]), test=len(sets["test"]))
-    if rank == 0:
-        print(json.dumps(result))
-    return result
-
-
-# ------------------------------------------------------------------------------ the same in every script, word for word
-
-
-def draw_boxes(shape, side, scale, aspect, g):
-    """Boxes y, x, height, width (*shape, 4) in px of a square image: RandomResizedCrop's rule for many at once.
-
-    Area uniform in `scale`, log aspect ratio uniform in 3/4 to 4/3 (times that of the output); of ten tries the first
-    that fits, else the whole image.
-    """
-    area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
-    ratio = aspect * torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
-    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
-    first = fits.int().argmax(-1, keepdim=True)
-    h, w = (torch.where(fits, t, side).gather(-1, first)[..., 0] for t in (h, w))
-    y, x = ((torch.rand(shape, generator=g) * (side - t + 1)).floor() for t in (h, w))
-    return torch.stack([y, x, h, w], dim=-1)
-
-
-def resize_weights(start, length, flip, out, side):
-    """Rows that resample [start, start+length) of `side` pixels to `out`: (..., out, side), bicubic, antialiased.
-
-    The cubic kernel has a = -0.5 and is stretched where the crop shrinks, as in Pillow and F.interpolate(antialias).
-    """
-    i = torch.arange(out, device=start.device)
-    i = torch.where(flip[..., None], out - 1 - i, i)
-    scale = (length / out)[..., None]
-    center = start[..., None] + (i + 0.5) * scale
-    pixel = torch.arange(side, device=start.device) + 0.5
-    x = ((pixel - center[..., None]) / scale.clamp(min=1)[..., None]).abs()
-    w = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2))
-    start, length = start[..., None, None], length[..., None, None]
-    w = w * ((pixel > start) & (pixel < start + length))
-    return w / w.sum(dim=-1, keepdim=True)
-
-
-def crop_resize(imgs, box, flip, size):
-    """Crops (B, V, 4) of images (B, C, S, S), resized to `size`, some flipped: (V·B, C, h, w). Wy @ img @ Wxᵀ."""
-    (y, x, h, w), side, c = box.unbind(-1), imgs.shape[-1], imgs.shape[1]
-    wy = resize_weights(y, h, torch.zeros_like(flip), size[0], side)  # (B, V, h, S)
-    wx = resize_weights(x, w, flip, size[1], side)  # (B, V, w, S)
-    rows = rearrange(wy, "b v i s -> b (v i) s") @ rearrange(imgs, "b c s t -> b s (c t)")
-    rows = rearrange(rows, "b (v i) (c t) -> (b v) (c i) t", c=c, i=size[0])
-    crops = rows @ rearrange(wx, "b v j t -> (b v) t j")
-    return rearrange(crops, "(b v) (c i) j -> (v b) c i j", v=box.shape[1], c=c).clamp(0, 1)
-
-
-def cosine(step, total, start, end, warmup=0):
-    """Linear from 0 to `start` over `warmup` steps, reached in the last of them, then a cosine to `end`."""
-    warmup = round(warmup)
-    if step < warmup:
-        return start * step / max(1, warmup - 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
-
-
-def seeded(seed, step):
-    """The CPU generator of a step's random numbers, but drop path's: the same for any processes, workers, restarts."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
-
-
-def batches(n, batch, first, stop, seed, rank, world):
-    """This process's image indices and places of squares, for the steps first to stop - 1; a new order each epoch."""
-    for step in range(first, stop):
-        epoch, at = divmod(step, n // batch)
-        if step == first or at == 0:
-            order = torch.randperm(n, generator=seeded(seed, -1 - epoch))
-        mine = slice(rank * batch // world, (rank + 1) * batch // world)
-        place = torch.rand(batch, generator=seeded(seed + 1, step))
-        yield order[at * batch : (at + 1) * batch][mine].tolist(), place[mine].tolist()
-
-
-def my_rows(draws, rank, world, device):
-    """This process's rows of the whole batch's random numbers, on the device."""
-    return {k: v.chunk(world)[rank].to(device, non_blocking=True) for k, v in draws.items()}
-
-
-def mean_over_processes(x):
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x = x / dist.get_world_size()
-    return x
+    args = options(__doc__, OPTIONS, argv)
+    check(args)
+    device = launch(args)
+    vit, config = open_encoder(args)
+    state = load_checkpoint(args.checkpoint)
+    if isinstance(state, dict) and "classifier" in state:
+        return report("classifier", args, config, apply(args, state, vit, config, device))
+    train, test = open_labelled(args, config)
+    if args.finetune:
+        return report("finetune", args, config, finetune(args, vit, train, test, config, device))
+    return report("linear", args, config, probe_seeds(args, vit, train, test, config, device))
 
 
 if __name__ == "__main__":

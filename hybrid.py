@@ -28,36 +28,20 @@ from torch import nn
 import dino
 import mae_pcae
 from dino import DINOHead, Network, dino_loss, schedules
-from vit import (
-    SHARE,
-    Run,
-    ViT,
-    adamw,
-    autocast,
-    average_and_clip,
-    cli,
-    ema_update,
-    launch,
-    load_data,
-    mean_over_processes,
-    micro_batches,
-    my_rows,
-    options,
-    prepare,
-    set_rates,
-    shape_of,
-    start_from,
-)
+
+# isort: off
+from vit import ViT  # 1 network
+from vit import prepare  # 2 images
+from vit import adamw, autocast, average_and_clip, ema_update, mean_over_processes, micro_batches  # 4 training step
+from vit import my_rows, set_rates
+from vit import start_from  # 6 checkpoints
+from vit import COUNT, SHARE, Run, cli, launch, load_data, options, shape_of  # 7 runs
 
 MAE_OPTIONS = ("mask_ratio", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "crop_scale")
 OPTIONS = {k: row for k, row in dino.OPTIONS.items() if k != "ablate"}
 OPTIONS |= {k: mae_pcae.OPTIONS[k] for k in MAE_OPTIONS} | dict(
-    epochs=([6, 100, 100, 100], *OPTIONS["epochs"][1:]),
-    weight=(
-        [0.5, 0.2, 0.2, 0.2],
-        "w in L = (1 - w) L_MIM + w L_CL",
-        SHARE,
-    ),  # on the demo set .2 is too little for DINO
+    epochs=([6, 100, 100, 100], "length of the run; the schedules follow it", COUNT),
+    weight=([0.5, 0.2, 0.2, 0.2], "w in L = (1 - w) L_MIM + w L_CL", SHARE),  # on the demo set DINO needs more than .2
 )
 
 
@@ -84,13 +68,13 @@ class Hybrid(nn.Module):
         self.mae.compile()
 
 
-def sample_views(args, step, side):
+def sample_step(args, step, side):
     """All random numbers of a step: MAE's crop, flip and noise, then those of DINO's global and local views."""
-    return mae_pcae.sample_crops(args, step + 2**31, side), *dino.sample_crops(args, step, side)  # another generator
+    return mae_pcae.sample_step(args, step + 2**31, side), *dino.sample_step(args, step, side)  # another generator
 
 
 def train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=False):
-    """One optimiser step. net: a Hybrid. imgs: uint8 (B, C, S, S). draws, schedule: of sample_views and schedules.
+    """One optimiser step. net: a Hybrid. imgs: uint8 (B, C, S, S). draws, schedule: of sample_step and schedules.
 
     Returns (7,): loss, L_MIM, L_CL, the teacher's entropy, the gradient's norm, and with `norms` the norms of both
     parts' weighted gradients in the encoder, mean over micro-batches and processes (else 0).
@@ -165,7 +149,7 @@ def main(argv=None, images=None):
 
     for step, imgs in run.steps(train):
         schedule, due = schedules(step, run, args), run.log_due(step)
-        draws = my_rows(sample_views(args, step, train.side), device)
+        draws = my_rows(sample_step(args, step, train.side), device)
         stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=due)
         if due:
             names = ("loss", "mim", "cl", "entropy", "grad_norm", "grad_mim", "grad_cl")

@@ -43,85 +43,47 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from vit import (
-    COMMON,
-    COUNT,
-    SHARE,
-    SIZES,
-    Block,
-    InputError,
-    Run,
-    ViT,
-    adamw,
-    autocast,
-    average_and_clip,
-    check_momentum,
-    cli,
-    cosine,
-    crop_resize,
-    ema_update,
-    gather_tokens,
-    launch,
-    load_data,
-    mean_over_processes,
-    micro_batches,
-    my_rows,
-    options,
-    prepare,
-    sample_boxes,
-    save_grid,
-    seeded,
-    set_rates,
-    shape_of,
-    sincos_grid,
-    spread,
-    start_from,
-)
+# isort: off
+from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos_grid  # 1 network
+from vit import prepare, seeded  # 2 images
+from vit import crop_resize, sample_boxes  # 3 views
+from vit import adamw, autocast, average_and_clip, check_momentum, cosine, ema_update  # 4 training step
+from vit import mean_over_processes, micro_batches, my_rows, set_rates, spread
+from vit import save_grid  # 5 evaluation
+from vit import start_from  # 6 checkpoints
+from vit import COMMON, COUNT, PAIR, SHARE, Run, cli, launch, load_data, options, shape_of  # 7 runs
 
-OPTIONS = COMMON | dict(  # name=(default, help): one default, or four: for presets demo, 32, 96, 224 (the authors')
+# name=(default, help[, arguments for argparse]); four defaults are for the presets demo, 32, 96, 224 (the authors')
+OPTIONS = COMMON | dict(
     method=("mae", "mae: pixels; pcae: features of a momentum encoder", dict(choices=("mae", "pcae"))),
     size=(["nano", "tiny", "small", "base"], "width, depth and heads of the network", dict(choices=SIZES)),
     patch=([4, 4, 8, 16], "patch size, px", COUNT),
-    img_size=(
-        [32, None, 96, 224],
-        "input of the network, px: one number, or height and width",
-        dict(nargs="+", type=int),
-    ),
+    img_size=([32, None, 96, 224], "input of the network, px: one number, or height and width", PAIR),
     epochs=([16, 400, 400, 400], "length of the run; the schedules follow it", COUNT),
     batch=([64, 512, 512, 4096], "images in an optimiser step, over all processes and micro-batches", COUNT),
     lr=([8e-3, 1e-3, 3e-4, 1.5e-4], "learning rate for batch 256; scaled with the batch"),
     warmup=([2.0, 20.0, 20.0, 40.0], "epochs over which the learning rate rises"),
     weight_decay=((0.05, 0.05), "of matrices, at the start and at the end"),
     clip=(0.0, "clip the norm of all gradients together; 0 turns clipping off"),
-    drop_path=(0.0, "stochastic depth of the encoder"),
+    drop_path=(0.0, "stochastic depth of the encoder", SHARE),
     crop_scale=((0.2, 1.0), "area of the crop, share of the image"),
     mask_ratio=([0.5, 0.75, 0.75, 0.75], "share of the patches that the encoder does not see", SHARE),
     norm_pix=(True, "MAE: standardise the pixels of each patch before they are predicted"),
     decoder_dim=([64, 128, 256, 512], "width of the decoder", COUNT),
     decoder_depth=([2, 4, 4, 8], "blocks of the decoder", COUNT),
     decoder_heads=([4, 4, 8, 16], "attention heads of the decoder", COUNT),
-    stages=(
-        None,
-        "PCAE: drop tokens after these blocks, counted from 0 (after the first block of each third of the network)",
-        dict(nargs="*", type=int),
-    ),
+    stages=(None, "PCAE: drop tokens after these blocks, from 0 (the first of each third)", dict(nargs="*", type=int)),
     keep=([0.8, 0.5, 0.5, 0.5], "PCAE: share of the tokens that a stage keeps", SHARE),
-    criterion=(
-        "mean",
-        "PCAE: drop the tokens most like the mean (unit: of unit vectors), or at random",
-        dict(choices=("mean", "unit", "random")),
-    ),
-    momentum=(
-        [0.998, 0.996, 0.996, 0.9999],
-        "of the teacher's EMA at the start, 1 at the end; lower it for short runs",
-    ),
+    criterion=("mean", "PCAE: drop tokens most like the mean, or at random", dict(choices=("mean", "unit", "random"))),
+    momentum=([0.998, 0.996, 0.996, 0.9999], "of the teacher at the start, 1 at the end; lower it for short runs"),
 )
 PCAE_OPTIONS = dict(epochs=([24, 400, 400, 400], ""), batch=([32, 512, 512, 4096], ""))  # other defaults than MAE's
+
 
 # views and masks -----------------------------------------------------------------------------------------------------
 
 
-def sample_crops(args, step, side):
+def sample_step(args, step, side):
     """All random numbers of a step, for the whole batch: a crop, a flip, and noise that orders the patches (B, N)."""
     g, (h, w) = seeded(args.seed, step), args.img_size
     return dict(
@@ -164,7 +126,7 @@ def standardise(x):
 
 
 class MAE(nn.Module):
-    """Encoder on visible patches, light decoder on all (MAE, Figure 1). shape: the ViT's arguments; args: the options."""
+    """Encoder on visible patches, light decoder on all (MAE, Figure 1). shape: the ViT's arguments."""
 
     feature = "mean"  # what evaluation reads
 
@@ -283,7 +245,7 @@ METHODS = dict(mae=MAE, pcae=PCAE)
 def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     """One optimiser step. Nothing in it waits for the GPU.
 
-    net: a MAE or PCAE. imgs: uint8 (B, C, S, S). draws: what sample_crops drew. schedule: what schedules gave.
+    net: a MAE or PCAE. imgs: uint8 (B, C, S, S). draws: what sample_step drew. schedule: what schedules gave.
     Returns (4,): loss, spread of prediction and of target, and the gradient's norm.
     """
     total = 0
@@ -319,7 +281,7 @@ def schedules(step, run, args):
 
 @torch.no_grad()
 def draw(net, x, file):
-    """For each of x (B, C, h, w), MAE: visible, reconstructed, original; PCAE: original, visible, hidden, each stage."""
+    """For each of x (B, C, h, w): visible, reconstructed, original; PCAE: original, visible, hidden, each stage."""
     noise = torch.rand((len(x), math.prod(net.vit.grid)), generator=seeded(0, 0)).to(x.device)
     visible, hidden = random_masking(noise, net.mask_ratio)
     patches = patchify(x, net.patch)
@@ -362,7 +324,7 @@ def main(argv=None, images=None):
 
     for step, imgs in run.steps(train):
         schedule = schedules(step, run, args)
-        draws = my_rows(sample_crops(args, step, train.side), device)  # the same for any number of processes
+        draws = my_rows(sample_step(args, step, train.side), device)  # the same for any number of processes
         stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args)
         if run.log_due(step):
             loss, pred_std, target_std, norm = mean_over_processes(stats).tolist()
@@ -374,12 +336,8 @@ def main(argv=None, images=None):
             run.draw_curve()
         if run.save_due(step):
             run.save(step)
-            draw(
-                net.eval(),
-                prepare(run.sample, run.config),
-                run.out / f"{dict(mae='reconstruction', pcae='tokens')[args.method]}.png",
-            )
-            net.train()
+            picture = dict(mae="reconstruction.png", pcae="tokens.png")[args.method]
+            draw(net, prepare(run.sample, run.config), run.out / picture)
     return run.finish()
 
 

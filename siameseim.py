@@ -44,60 +44,34 @@ from einops import rearrange
 from torch import nn
 from torchvision.utils import draw_bounding_boxes
 
-from vit import (
-    COMMON,
-    COUNT,
-    SHARE,
-    SIZES,
-    Block,
-    InputError,
-    Run,
-    ViT,
-    adamw,
-    autocast,
-    average_and_clip,
-    blend,
-    check_momentum,
-    cli,
-    cosine,
-    crop_resize,
-    ema_update,
-    gather_tokens,
-    gaussian_blur,
-    gray,
-    launch,
-    load_data,
-    mean_over_processes,
-    micro_batches,
-    my_rows,
-    options,
-    sample_boxes,
-    save_grid,
-    seeded,
-    set_rates,
-    shape_of,
-    shift_hue,
-    sincos,
-    sincos_grid,
-    spread,
-    start_from,
-)
+# isort: off
+from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos, sincos_grid  # 1 network
+from vit import seeded  # 2 images
+from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
+from vit import adamw, autocast, average_and_clip, check_momentum, cosine, ema_update  # 4 training step
+from vit import mean_over_processes, micro_batches, my_rows, set_rates, spread
+from vit import save_grid  # 5 evaluation
+from vit import start_from  # 6 checkpoints
+from vit import COMMON, COUNT, PAIR, SHARE, Run, cli, launch, load_data, options, shape_of  # 7 runs
 
-OPTIONS = COMMON | dict(  # name=(default, help): one default, or four: for presets demo, 32, 96, 224 (the authors')
+ABLATIONS = {  # the options that they change
+    "no-color": dict(color=0.0, blur=[0.0, 0.0]),
+    "no-uniformity": dict(neg_weight=0.0),
+    "same-view": {},  # changes the draws
+    "global": {},  # changes the loss
+}
+# name=(default, help[, arguments for argparse]); four defaults are for the presets demo, 32, 96, 224 (the authors')
+OPTIONS = COMMON | dict(
     size=(["nano", "tiny", "small", "base"], "width, depth and heads of the network", dict(choices=SIZES)),
     patch=([4, 4, 8, 16], "patch size, px", COUNT),
-    img_size=(
-        [32, None, 96, 224],
-        "input of the network, px: one number, or height and width",
-        dict(nargs="+", type=int),
-    ),
+    img_size=([32, None, 96, 224], "input of the network, px: one number, or height and width", PAIR),
     epochs=([6, 400, 400, 400], "length of the run; the schedules follow it", COUNT),
     batch=([64, 512, 512, 4096], "images in an optimiser step, over all processes and micro-batches", COUNT),
     lr=([4e-3, 1e-3, 5e-4, 6.25e-5], "learning rate for batch 256; scaled with the batch"),
     warmup=([1.0, 20.0, 20.0, 40.0], "epochs over which the learning rate rises"),
     weight_decay=((0.05, 0.05), "of matrices, at the start and at the end"),
     clip=(1.0, "clip the norm of all gradients together; 0 turns clipping off"),
-    drop_path=(0.0, "stochastic depth of the online encoder"),
+    drop_path=(0.0, "stochastic depth of the online encoder", SHARE),
     crop_scale=([(0.3, 1.0), (0.2, 1.0), (0.08, 1.0), (0.08, 1.0)], "area of the crops, share of the image"),
     color=([0.0, 1.0, 1.0, 1.0], "strength of colour jitter, grey and solarization; 1 as published"),
     blur=((1.0, 0.1), "probability of blur in view a and in view b"),
@@ -109,17 +83,11 @@ OPTIONS = COMMON | dict(  # name=(default, help): one default, or four: for pres
     decoder_depth=([2, 4, 4, 4], "blocks of the decoder", COUNT),
     decoder_heads=([4, 6, 12, 16], "attention heads of projector and decoder", COUNT),
     projector_depth=([1, 2, 2, 2], "blocks between encoder and decoder; the target network ends with them"),
-    neg_weight=(None, "lambda, weight of the uniformity term (15.36 / --decoder-dim, as published)", dict(type=float)),
-    momentum=(
-        [0.98, 0.99, 0.99, 0.995],
-        "of the target network's EMA at the start, 1 at the end; lower it for short runs",
-    ),
-    ablate=(
-        None,
-        "remove one component and see what breaks",
-        dict(choices=("same-view", "no-color", "global", "no-uniformity")),
-    ),
+    neg_weight=(None, "lambda, of the uniformity term (15.36 / --decoder-dim, as published)", dict(type=float)),
+    momentum=([0.98, 0.99, 0.99, 0.995], "of the target at the start, 1 at the end; lower it for short runs"),
+    ablate=(None, "remove one component and see what breaks", dict(choices=ABLATIONS)),
 )
+
 
 # views, masks, and where they lie ------------------------------------------------------------------------------------
 
@@ -142,7 +110,7 @@ def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
     return draws
 
 
-def sample_pairs(args, step, side):
+def sample_step(args, step, side):
     """All random numbers of a step, for the whole batch: two views of each image, and what is visible of the first."""
     g, grid = seeded(args.seed, step), ViT.grid_of(args.img_size, args.patch)
     pair = sample_views(args.batch, 2, side, args.img_size, args.crop_scale, args.blur, [0.0, 0.2], args.color, g)
@@ -185,8 +153,8 @@ def places(box, flip, side, grid):
     """Where the patches of view b lie on the patch grid of view a: rows and columns, and how much taller and wider they
     are, as 10 ln of the ratio (authors' code): four (B, N).
 
-    box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). side: of the images, px, or (B,). With G
-    patches to a side, patch m of b, whose crop starts at y2 and is h2 high, has its centre on a's grid at
+    box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). side: of the images, px, or (B,). With
+    G patches to a side, patch m of b, whose crop starts at y2 and is h2 high, has its centre on a's grid at
     (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2; columns likewise, mirrored where one view is flipped and the other is not.
     """
     y, x, h, w = (t[..., None] for t in box.unbind(-1))  # (B, 2, 1)
@@ -266,9 +234,9 @@ def blocks(args, depth):
 class Tower(nn.Module):
     """Encoder, linear layer and projector: what the online and the target network both have."""
 
-    def __init__(self, shape, args, drop_path=0.0):
+    def __init__(self, shape, args, drop_rate=0.0):
         super().__init__()
-        self.vit = ViT(**shape, pos="sincos", norm=False, drop_path=drop_path)
+        self.vit = ViT(**shape, pos="sincos", norm=False, drop_path=drop_rate)
         self.embed = nn.Linear(self.vit.dim, args.decoder_dim)
         self.projector = blocks(args, args.projector_depth)
 
@@ -305,6 +273,7 @@ class SiameseIM(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.neg_weight = 15.36 / dim if args.neg_weight is None else args.neg_weight
         self.augment = augment  # --compile replaces it
         self.start_teacher()
 
@@ -354,7 +323,7 @@ def siameseim_loss(pred, target, c, weight=0.02):
 def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     """One optimiser step. Nothing in it waits for the GPU.
 
-    net: a SiameseIM. imgs: uint8 (B, C, S, S). draws: what sample_pairs drew. schedule: what schedules gave.
+    net: a SiameseIM. imgs: uint8 (B, C, S, S). draws: what sample_step drew. schedule: what schedules gave.
     All targets come first: C is that of the whole batch, in micro-batches too. Returns (4,): loss, its uniformity term,
     spread of the targets, and the gradient's norm.
     """
@@ -370,7 +339,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     for a, d, z in parts:
         with autocast(a.device, args.precision):
             y = net(a, d["visible"], d["box"], d["flip"], side)
-        loss, uniformity = loss_fn(y.float(), z, c, args.neg_weight)
+        loss, uniformity = loss_fn(y.float(), z, c, net.neg_weight)
         scaler.scale(loss / args.accumulate).backward()
         total += torch.stack([loss.detach(), uniformity, spread(z)]) / args.accumulate
 
@@ -392,14 +361,6 @@ def schedules(step, run, args):
         weight_decay=cosine(step, run.total, *args.weight_decay),
         momentum=cosine(step, run.total, args.momentum, 1.0),
     )
-
-
-# ablations: what each component is for -------------------------------------------------------------------------------
-
-ABLATIONS = {  # the options that they change; same-view changes the draws, global the loss
-    "no-color": dict(color=0.0, blur=[0.0, 0.0]),
-    "no-uniformity": dict(neg_weight=0.0),
-}
 
 
 def global_loss(pred, target, c, weight=0.02):
@@ -436,7 +397,6 @@ def main(argv=None, images=None):
     args = options(__doc__, OPTIONS, argv, method="siameseim")
     device = launch(args)
     train, test = load_data(args, OPTIONS, images)  # opened, options settled, decoded if it fits into memory
-    args.neg_weight = 15.36 / args.decoder_dim if args.neg_weight is None else args.neg_weight
     vars(args).update(ABLATIONS.get(args.ablate, {}))
 
     torch.manual_seed(args.seed)
@@ -454,7 +414,7 @@ def main(argv=None, images=None):
 
     for step, imgs in run.steps(train):
         schedule = schedules(step, run, args)
-        draws = my_rows(sample_pairs(args, step, train.side), device)  # the same for any number of processes
+        draws = my_rows(sample_step(args, step, train.side), device)  # the same for any number of processes
         stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args)
         if run.log_due(step):
             loss, uniformity, target_std, norm = mean_over_processes(stats).tolist()
@@ -468,7 +428,7 @@ def main(argv=None, images=None):
         if run.save_due(step):
             run.save(step)
             net.eval()  # process 0 draws alone: BatchNorm must not wait for the others
-            draw_pairs(net, run.sample, sample_pairs(args, 0, train.side), args, run.out / "views.png")
+            draw_pairs(net, run.sample, sample_step(args, 0, train.side), args, run.out / "views.png")
             net.train()
     return run.finish()
 

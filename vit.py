@@ -292,14 +292,6 @@ def square(img, offset=0.5):
     return img[..., y : y + s, x : x + s]
 
 
-def read_square(file, side, channels=3):
-    """The middle square of one image file, for a network of 3 channels or 1: uint8 (1, channels, side, side)."""
-    img = square(decode(file, side))[None]
-    if channels not in (1, 3):
-        raise InputError(f"{file} is an image of 3 channels, but the network takes {channels}")
-    return img if channels == 3 else img.float().mean(dim=1, keepdim=True).round().byte()
-
-
 class Images(torch.utils.data.Dataset):
     """Square uint8 images: `images[i, offset]` is (C, S, S), cut at `offset` (0 to 1) along the long side.
 
@@ -320,26 +312,24 @@ class Images(torch.utils.data.Dataset):
         """Image i, uint8 (C, h, w), its short side `self.side` px. Raises InputError where it cannot be read."""
         x = self.items[i]
         x = x if torch.is_tensor(x) else decode(x, self.side)
-        if min(x.shape[-2:]) == self.side:
-            return x
-        return TF.resize(x, [self.side], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+        return x if min(x.shape[-2:]) == self.side else TF.resize(x, [self.side], TF.InterpolationMode.BICUBIC)
 
     def __getitem__(self, key):
         i, offset = key
-        for j in range(i, i + 100):  # a file that cannot be read is replaced by the next one that can, with its label
+        for j in range(i, i + 100):  # a file that cannot be read is replaced by the next that can, with its label
             try:
                 img = square(self.read(j % len(self)), offset)
             except InputError as e:
                 warnings.warn(f"skipped an unreadable image: {e}", stacklevel=2)
                 continue
-            if j > i and self.labels is not None:
+            if self.labels is not None:
                 self.labels[i] = self.labels[j % len(self)]
             return img
         raise InputError(f"100 unreadable images in a row, the first one {self.items[i]}")
 
     def at(self, side, quiet=False):
         """The same images with side `side`, in memory if they fit; then unreadable ones are left out and named."""
-        images = Images(self.items, self.labels, self.classes, side)
+        images, bad = Images(self.items, self.labels, self.classes, side), []
         if torch.is_tensor(self.items) and side == self.side or len(self) * self.channels * side**2 > IN_MEMORY:
             return images
 
@@ -347,18 +337,17 @@ class Images(torch.utils.data.Dataset):
             try:
                 return images.read(i)
             except InputError as e:
-                return str(e)
+                bad.append(str(e))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():  # Pillow decodes without the GIL
             warnings.simplefilter("ignore")  # remarks on odd metadata
-            found = pool.map(read, range(len(self)))
-            found = list(tqdm(found, "decoding", len(self), leave=False, disable=True if quiet else None))
-        bad = [x for x in found if isinstance(x, str)]
+            todo = tqdm(range(len(self)), "decoding", leave=False, disable=True if quiet else None)
+            found = dict(zip(todo, pool.map(read, range(len(self))), strict=False))
+        good = [i for i, x in found.items() if x is not None]
+        if not good:
+            raise InputError(f"none of the {len(found)} images can be read: {bad[0]}")
         if bad and not quiet:
             print(f"skipped {len(bad)} unreadable images of {len(found)}: {'; '.join(bad[:5])}", file=sys.stderr)
-        good = [i for i, x in enumerate(found) if torch.is_tensor(x)]
-        if not good:
-            raise InputError(f"none of the {len(found)} images can be read, such as {bad[0]}")
         pixels = [found[i] for i in good]
         pixels = torch.stack(pixels) if len({x.shape for x in pixels}) == 1 else pixels
         return Images(pixels, None if self.labels is None else self.labels[good], self.classes, side)
@@ -366,12 +355,7 @@ class Images(torch.utils.data.Dataset):
     def pick(self, index):
         """The images of these indices, in this order."""
         index = list(index)
-        if torch.is_tensor(self.items):
-            items = self.items[index]
-        elif isinstance(self.items, list):
-            items = [self.items[i] for i in index]
-        else:
-            items = torch.utils.data.Subset(self.items, index)
+        items = self.items[index] if torch.is_tensor(self.items) else [self.items[i] for i in index]
         return Images(items, None if self.labels is None else self.labels[index], self.classes, self.side)
 
     def subset(self, n):
@@ -437,10 +421,7 @@ def open_cifar(name):
     """Images and labels of both splits, downloaded into data/ on first use."""
     from torchvision import datasets
 
-    try:
-        sets = [getattr(datasets, name.upper())("data", train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as e:
-        raise InputError(f"{name} could not be downloaded into data/ ({e}): give a folder of images") from None
+    sets = [getattr(datasets, name.upper())("data", train=train, download=True) for train in (True, False)]
     return [(torch.from_numpy(s.data).permute(0, 3, 1, 2), s.targets) for s in sets]
 
 
@@ -477,9 +458,12 @@ def seeded(seed, step):
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
 
 
-def batches(n, batch, first, stop, seed):
-    """Indices and offsets of this process's images for steps first to stop - 1; the order is new in each epoch."""
-    rank, world = processes()
+def batches(n, batch, first, stop, seed, whole=False):
+    """Indices and offsets of this process's images (or the whole batch's) in steps first to stop - 1.
+
+    Each epoch has a new order.
+    """
+    rank, world = (0, 1) if whole else processes()
     mine = slice(rank * batch // world, (rank + 1) * batch // world)
     for step in range(first, stop):
         epoch, at = divmod(step, n // batch)
@@ -495,9 +479,7 @@ def in_order(images, batch):
 
 
 def stream(images, keys, device="cpu", workers=2):
-    """Yields uint8 (B, C, S, S) on the device for each (indices, offsets) of `keys`. What is not in memory is decoded by
-    as many processes as there are workers.
-    """
+    """Yields uint8 (B, C, S, S) on the device for each (indices, offsets) of `keys`; workers decode files."""
     device, items = torch.device(device), images.items
     if torch.is_tensor(items) and items.shape[-2:] == (images.side, images.side):
         if device.type == "cuda" and items.numel() < torch.cuda.mem_get_info(device)[0] // 4:
@@ -505,21 +487,16 @@ def stream(images, keys, device="cpu", workers=2):
         for index, _ in keys:
             yield to_device(items[torch.as_tensor(index).to(items.device, non_blocking=True)], device)
         return
-    keys = (list(zip(i, offsets, strict=True)) for i, offsets in keys)
-    if isinstance(items, list) and torch.is_tensor(items[0]):
-        for key in keys:
-            yield to_device(torch.stack([images[k] for k in key]), device)
-        return
     if images.labels is not None:
-        images.labels.share_memory_()  # a process that decodes corrects the label where it skips a file
-    for batch in torch.utils.data.DataLoader(
-        images, batch_sampler=keys, num_workers=workers, worker_init_fn=in_worker, pin_memory=device.type == "cuda"
-    ):
+        images.labels.share_memory_()  # a worker that replaces a file replaces its label
+    keys = (list(zip(i, offsets, strict=True)) for i, offsets in keys)
+    how = dict(num_workers=0 if torch.is_tensor(items[0]) else workers, pin_memory=device.type == "cuda")
+    for batch in torch.utils.data.DataLoader(images, batch_sampler=keys, worker_init_fn=in_worker, **how):
         yield batch.to(device, non_blocking=True)
 
 
 def in_worker(_):
-    """A process that decodes leaves signals, which often go to the whole group, and the run's lock to its parent."""
+    """Workers leave signals, which often go to the whole group of processes, and the run's lock to their parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if Run.lock:
@@ -749,11 +726,16 @@ def spread(x):
 # 5 evaluation ---------------------------------------------------------------------------------------------------------
 
 
+def pixels(x):
+    """The pixels of x (B, C, h, w), at most 32 x 32 of them, as vectors (B, C·h·w)."""
+    return F.adaptive_avg_pool2d(x, [min(32, s) for s in x.shape[-2:]]).flatten(1)
+
+
 @torch.no_grad()
 def features(vit, images, config, device, precision="fp32", batch=256, workers=2):
     """One vector per image, vit.encode(x, config["feature"]): (N, D), fp32, on the device.
 
-    vit None: raw pixels, normalised by channel, at most 32 x 32 of them. With several processes, all of which must
+    vit None: raw pixels, normalised by channel. With several processes, all of which must
     call this, each encodes its share, and all get all rows.
     """
     rank, world = processes()
@@ -762,8 +744,7 @@ def features(vit, images, config, device, precision="fp32", batch=256, workers=2
     for imgs in stream(mine, in_order(mine, batch), device, workers):
         x = prepare(imgs, config)
         with autocast(device, precision):
-            small = lambda x: F.adaptive_avg_pool2d(x, [min(32, s) for s in x.shape[-2:]]).flatten(1)
-            found = small(x) if vit is None else vit.encode(x, config["feature"]).float()
+            found = pixels(x) if vit is None else vit.encode(x, config["feature"]).float()
         if out is None:  # preallocated, so that memory does not fragment
             out = found.new_zeros(-(-len(images) // world), found.shape[1])
         out[done : done + len(found)] = found
@@ -857,19 +838,17 @@ def load_encoder(file, heads=None, quiet=False):
     with reading(file, "ViT"):
         vit, config, used, unused = build_encoder(file, found, heads)
     if not quiet:
-        print(f"{file}: all {used} tensors of the ViT found", file=sys.stderr)
-        if unused:
-            names = ", ".join(unused[:4]) + ", ..." * (len(unused) > 4)
-            print(f"  not used: {len(unused)} ({names})", file=sys.stderr)
+        print(
+            f"{file}: all {used} tensors of the ViT found; not used: {', '.join(unused) or 'none'}"[:300],
+            file=sys.stderr,
+        )
         if "method" not in config:
             print(f"  {config['heads']} attention heads assumed: another number needs --heads", file=sys.stderr)
-        if not config["norm"]:
-            print("  this encoder has no final norm, like SiameseIM's", file=sys.stderr)
     return vit, config
 
 
 def build_encoder(file, found, heads):
-    """load_encoder of the contents of a file: the ViT, its config, the number of tensors used and the names of others."""
+    """load_encoder of what a file holds: the ViT, its config, the number of tensors used, the names of the others."""
     config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls")
     config.update(found.get("config", {}) if isinstance(found, dict) else {})
     for key in ("encoder", "model", "state_dict", "teacher", "student"):
@@ -910,10 +889,9 @@ def build_encoder(file, found, heads):
 def start_from(file, vit, net):
     """--init: copies an encoder's weights into `vit`, its positions interpolated, and its mean and std into `net`."""
     encoder, found = load_encoder(file)
-    differ = [k for k in ("patch", "in_chans", "dim", "depth", "heads", "norm") if found[k] != vit.config[k]]
-    if differ:
-        what = ", ".join(f"{k} {found[k]} (here {vit.config[k]})" for k in differ)
-        raise InputError(f"--init {file} has another shape: {what}")
+    for k in ("patch", "in_chans", "dim", "depth", "heads", "norm"):
+        if found[k] != vit.config[k]:
+            raise InputError(f"--init {file} has another shape: {k} {found[k]}, not {vit.config[k]}")
     encoder.pos_embed.data = encoder.positions(vit.grid)
     vit.load_state_dict(encoder.state_dict())
     for name in ("mean", "std"):
@@ -936,14 +914,14 @@ def cli(main):
                 sys.stderr.flush()
                 os._exit(0)
             return result
-        except (InputError, RuntimeError) as e:
-            worker = "DataLoader worker" in str(e)
-            if not worker and not isinstance(e, InputError):
+        except InputError as e:
+            print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
                 raise
-            hint = " (out of memory? Run the same command again to resume, perhaps with --workers 0)" * worker
-            what = "a process that decodes images died" if worker else e
-            print(f"{Path(sys.argv[0]).name}: error: {what}{hint}", file=sys.stderr, flush=True)
-            raise SystemExit(1 if worker else 2) from None
+            why = "out of memory? Run the same command again to resume, perhaps with --workers 0"
+            raise SystemExit(f"{Path(sys.argv[0]).name}: error: a process that decodes images died ({why})") from None
         finally:
             Run.release()
 
@@ -963,7 +941,7 @@ def share(text):
 
 
 PRESETS = ("demo", "32", "96", "224")
-COUNT, SHARE = dict(type=positive), dict(type=share)
+COUNT, SHARE, PAIR, MANY = dict(type=positive), dict(type=share), dict(type=positive, nargs="+"), dict(nargs="+")
 PRECISION = ("auto", "bf16 if the hardware has it; fp32 on a GPU is TF32", dict(choices=("auto", *DTYPES)))
 DEVICE = (None, "cuda, mps or cpu (the first that is there)")
 DATA_HELP = "demo.npz, any .npz, cifar10, cifar100, or a folder of images"
@@ -986,31 +964,24 @@ def options(doc, table, argv=None, **fixed):
     """Parses the options in `table`: rows name=(default, help[, arguments for argparse]).
 
     A default is one value, or a list of four, for the presets demo, 32, 96 and 224; `load_data` fills those in. Tuples
-    are options of several values. fixed: set without being options.
+    are options of several numbers. fixed: set without being options.
     """
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    four = "Four defaults are those of the presets: " + ", ".join(PRESETS)
+    p = argparse.ArgumentParser(description=doc, epilog=four, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, text, *more) in table.items():
-        example = next((v for v in default if v is not None), None) if isinstance(default, list) else default
+        example = default[0] if isinstance(default, list) else default
         more = dict(more[0]) if more else {}
         if isinstance(example, bool):
             more["action"] = argparse.BooleanOptionalAction
         elif isinstance(example, tuple):
-            more |= dict(type=float, nargs=len(example))
+            more = dict(type=float, nargs=len(example)) | more
         elif not more.keys() & {"type", "choices"} and example is not None:
             more["type"] = type(example)
-        if isinstance(default, list) and len(set(default)) > 1:
-            text += f" ({', '.join(f'{p}: {plain(v)}' for p, v in zip(PRESETS, default, strict=True))})"
-        elif example is not None:
-            text += f" ({plain(example)})"
-        p.add_argument(
-            f"--{name.replace('_', '-')}", default=None if isinstance(default, list) else default, help=text, **more
-        )
+        text += f" (default: {default})" * (example is not None)
+        p.add_argument(more.pop("flag", f"--{name.replace('_', '-')}"), help=text, **more)
+        p.set_defaults(**{name: None if isinstance(default, list) else default})
     p.set_defaults(**fixed)
     return p.parse_args(argv)
-
-
-def plain(value):
-    return "as the images" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def settle(args, table, side):
@@ -1018,10 +989,9 @@ def settle(args, table, side):
     auto = "demo" if Path(args.data).name == "demo.npz" else "32" if side <= 64 else "96" if side <= 160 else "224"
     args.preset = args.preset or auto
     for name, (default, *_) in table.items():
-        if getattr(args, name) is None and isinstance(default, list):
-            setattr(args, name, default[PRESETS.index(args.preset)])
-        if isinstance(getattr(args, name), tuple):
-            setattr(args, name, list(getattr(args, name)))
+        value = getattr(args, name)
+        value = default[PRESETS.index(args.preset)] if value is None and isinstance(default, list) else value
+        setattr(args, name, list(value) if isinstance(value, tuple) else value)
     args.img_size = args.img_size or side // args.patch * args.patch
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else (args.img_size * 2)[:2]
     if any(s < args.patch or s % args.patch for s in args.img_size):
@@ -1113,7 +1083,7 @@ class Run:
         self.args, self.net, self.vit, self.out, self.optimizer = args, net, vit, Path(args.out), optimizer
         self.parts = dict(net=net, optimizer=optimizer, scaler=scaler)  # what training needs to resume
         self.device, (self.rank, self.world) = net.mean.device, processes()
-        self.config = dict(vit.config, method=args.method, data=args.data, feature=net.feature)
+        self.config = vit.config | dict(method=args.method, data=args.data, feature=net.feature)
         self.config |= {k: getattr(net, k).flatten().tolist() for k in ("mean", "std")}
         self.steps_per_epoch = len(train) // args.batch
         self.total = args.epochs * self.steps_per_epoch
@@ -1133,15 +1103,15 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             Run.lock = open(self.out / ".lock", "a")  # noqa: SIM115 - held until main returns or the process ends
-        except OSError as e:
-            raise InputError(f"--out {self.out} cannot be written ({e})") from None
-        with contextlib.suppress(ImportError):  # Windows has no fcntl, and then there is no lock
             import fcntl
 
-            try:
-                fcntl.flock(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"another run is writing to {self.out}: wait for it, or give another --out") from None
+            fcntl.flock(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing to {self.out}: wait for it, or give another --out") from None
+        except ImportError:
+            pass  # Windows has no fcntl, and then there is no lock
+        except OSError as e:
+            raise InputError(f"--out {self.out} cannot be written ({e})") from None
 
     @staticmethod
     def release():
@@ -1204,7 +1174,8 @@ class Run:
             (self.out / "log.part").write_text("".join(json.dumps(row) + "\n" for row in rows))
             os.replace(self.out / "log.part", self.out / "log.jsonl")
         self.say(
-            f"{self.args.method}: {self.images}, {self.args.size}/{self.args.patch}, {self.args.epochs} epochs of "
+            f"{self.args.method}: {self.images}, ViT of {self.config['depth']} blocks, {self.config['dim']} wide, "
+            f"patches of {self.config['patch']} px, {self.args.epochs} epochs of "
             f"{self.steps_per_epoch} steps of {self.args.batch}, {self.device.type}, {self.args.precision}, "
             f"{self.world} process{'es' * (self.world > 1)} -> {self.out}"
         )
@@ -1242,7 +1213,10 @@ class Run:
             start = time.perf_counter()
             imgs = next(loader)
             self.waited += time.perf_counter() - start
-            self.leave = self.agreed_signal(step)
+            self.leave = self.signal
+            if self.world > 1:  # that of any process, asked for in every tenth step
+                flag = torch.tensor(float(self.signal), device=self.device)
+                self.leave = int(mean_over_processes(flag) > 0) * signal.SIGTERM if step % 10 == 9 else 0
             torch.manual_seed(((self.args.seed * 1_000_003 + step) * self.world + self.rank) % 2**63)
             yield step, imgs
             self.bar.update()
@@ -1250,14 +1224,6 @@ class Run:
                 self.bar.close()
                 self.say(f"stopped at step {step + 1} of {self.stop}, saved: run the same command again to resume")
                 raise SystemExit(128 + self.leave)
-
-    def agreed_signal(self, step):
-        """The signal to stop for, or 0; with several processes that of any of them, asked for in every tenth step."""
-        if self.world == 1 or step % 10 != 9:
-            return self.signal if self.world == 1 else 0
-        flag = torch.tensor(float(self.signal), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return int(flag)
 
     def count_updates(self):
         """How often AdamW moved the weights: it does not count a step that it skips."""
@@ -1326,21 +1292,21 @@ class Run:
         self.saved = time.perf_counter()
         self.saving = self.saved - start
 
-    def draw_curve(self):
+    def draw_curve(self, key="knn"):
         """Draws curve.png: the loss, and k-NN beside that of raw pixels and of the untrained network, over epochs."""
         if self.rank:
             return
         from matplotlib.figure import Figure  # importing it takes half a second
 
-        rows, figure = self.rows(), Figure((8, 3), layout="constrained")
+        figure = Figure((8, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for axes, key, title in ((left, "loss", "loss"), (right, "knn", "k-NN accuracy, % (k = 20)")):
-            axes.plot(*zip(*((r["epoch"], r[key]) for r in rows if r.get(key) is not None), strict=True))
-            axes.set(xlabel="epoch", title=title)
+        titles = dict(loss="loss", knn="k-NN accuracy, % (k = 20)", accuracy="accuracy, %")
+        for axes, name in ((left, "loss"), (right, key)):
+            points = [(row["epoch"], row[name]) for row in self.rows() if row.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), label="trained")
+            axes.set(xlabel="epoch", title=titles[name])
         for (key, value), style in zip(self.last("knn_pixels", "knn_untrained").items(), (":", "--"), strict=False):
-            right.axhline(
-                value, color="grey", linestyle=style, label=key.replace("knn_", "").replace("pixels", "raw pixels")
-            )
+            right.axhline(value, color="grey", linestyle=style, label=key[4:])
         right.legend()
         figure.savefig(self.out / "curve.png", dpi=100)
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +12,39 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts lie at the top, not in a package
+sys.path += [str(ROOT), str(ROOT / "tools")]  # the scripts lie at the top, not in a package
 torch.set_num_threads(1)  # the nets are tiny: threads would only wait for each other
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # TEST_DEVICE=cuda runs the suite there
+
+import dino  # noqa: E402
+import hybrid  # noqa: E402
+import mae_pcae  # noqa: E402
+import siameseim  # noqa: E402
+import vit  # noqa: E402
+
+MAIN = dict(dino=dino.main, mae=mae_pcae.main, pcae=mae_pcae.main, siameseim=siameseim.main, hybrid=hybrid.main)
+SCRIPT = dict(dino="dino.py", mae="mae_pcae.py", pcae="mae_pcae.py", siameseim="siameseim.py", hybrid="hybrid.py")
+NETWORK = dict(dino=dino.DINO, mae=mae_pcae.MAE, pcae=mae_pcae.PCAE, siameseim=siameseim.SiameseIM)
+NETWORK["hybrid"] = hybrid.Hybrid
+MODULE = dict(dino=dino, mae=mae_pcae, pcae=mae_pcae, siameseim=siameseim, hybrid=hybrid)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked gpu or linux are left out elsewhere; .ci/run fails where any other test is skipped."""
+    there = dict(gpu=torch.cuda.is_available(), linux=sys.platform == "linux")
+    out = [t for t in items if any(t.get_closest_marker(name) and not there[name] for name in there)]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [t for t in items if t not in out]
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Every test works in an empty folder, and a script's signal handlers do not outlive it."""
+    """Every test works in an empty folder; its runs log every step and may save at every epoch's end; a script's signal
+    handlers do not outlive it.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vit.Run, "minute", 0)
+    monkeypatch.setattr(vit.Run, "log_due", lambda self, step: True)
     old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for s, handler in old.items():
@@ -52,7 +78,6 @@ def folder(tmp_path):
     return "photos"
 
 
-FILES = {"dino": "dino.py", "mae": "mae_pcae.py", "pcae": "mae_pcae.py", "siameseim": "siameseim.py"}
 SMALL = "--decoder-dim 16 --decoder-depth 2 --decoder-heads 2"
 SMALL_DINO = "--prototypes 64 --hidden 32 --local-crops 2 --local-size 8"
 OWN = {  # keeps a method's own parts small
@@ -66,8 +91,33 @@ OWN = {  # keeps a method's own parts small
 
 def tiny(*more, data="tiny.npz", batch=8, out="run", method="dino"):
     """Options of a run that takes a second: 64 images, 8 steps an epoch."""
-    common = f"--data {data} --out {out} --size test --patch 4 --epochs 4 --warmup 1 --batch {batch} --device cpu"
-    return f"{common} {OWN.get(method, '')}".split() + [*map(str, more)]
+    common = f"--data {data} --out {out} --size test --patch 4 --epochs 4 --warmup 1 --batch {batch} --device {DEVICE}"
+    return f"{common} {OWN[method]}".split() + [*map(str, more)]
+
+
+def network(*more, method="dino", channels=3, side=16):
+    """A perturbed network of these options, and its options: (net, args), as main makes them."""
+    module = MODULE[method]
+    table = module.OPTIONS | (mae_pcae.PCAE_OPTIONS if method == "pcae" else {})
+    fixed = {} if module is mae_pcae else dict(method=method)
+    args = vit.options("", table, tiny("--precision", "fp32", *more, method=method), **fixed)
+    vit.settle(args, table, side)
+    vars(args).update(getattr(module, "ABLATIONS", {}).get(vars(args).get("ablate"), {}))
+    torch.manual_seed(0)
+    net = NETWORK[method](vit.shape_of(args, channels), args, [0.5] * channels, [0.3] * channels)
+    for p in net.parameters():  # away from zero biases, unit gains and equal teachers
+        p.data += 0.05 * torch.randn_like(p)
+    return net, args
+
+
+def step_once(net, args, imgs, norms=False, **schedule):
+    """train_step on these images, uint8; its statistics."""
+    module = MODULE[args.method]
+    schedule = dict(lr=1e-3, weight_decay=0.0, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False) | schedule
+    parts = net, *vit.adamw(net, args.precision)
+    draws = module.sample_step(args, 0, imgs.shape[-1])
+    more = dict(norms=norms) if args.method == "hybrid" else {}
+    return module.train_step(*parts, imgs, draws, SimpleNamespace(**schedule), args, **more)
 
 
 def log(out="run"):
@@ -91,28 +141,26 @@ def checkpoint(out="run"):
     return torch.load(Path(out, "last.pt"), weights_only=True)
 
 
-def networks(out="run"):
-    """The weights and running state of a run, without options, optimiser and step."""
-    return {k: v for k, v in checkpoint(out).items() if k in ("student", "teacher", "center", "net")}
-
-
 def same(a, b):
     """Whether two checkpoints hold the same tensors bit for bit; the names that differ."""
     a, b = tensors(a), tensors(b)
     return sorted(a.keys() ^ b.keys()) + [k for k in a.keys() & b.keys() if not torch.equal(a[k], b[k])]
 
 
-def command(script, *options, processes=1):
-    """A script as a user starts it; with torchrun for several processes."""
+def command(script, *options, processes=1, quick=False):
+    """A script as a user starts it; with torchrun for several processes. quick: as tests/start.py does."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    argv = [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
-    return argv, env
+    launcher += [str(ROOT / "tests/start.py")] if quick else []
+    return [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
+
+
+def environment(**more):
+    return dict(os.environ, OMP_NUM_THREADS="1", **more)
 
 
 def start(script, *options, processes=1, timeout=120):
-    argv, env = command(script, *options, processes=processes)
-    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=timeout)
+    argv = command(script, *options, processes=processes)
+    return subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
 def fails(main, argv, capsys):

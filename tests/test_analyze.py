@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,9 +53,11 @@ def test_closed_forms():
     close(analyze.query_similarity(uniform), torch.ones(1, 1))
     close(analyze.query_similarity(identity), torch.zeros(1, 1))
     close(analyze.head_similarity(identity.expand(1, 3, -1, -1)), torch.ones(1))
-    close(analyze.effective_rank(torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])), torch.tensor(2.0))
+    rank = lambda x: analyze.effective_rank(analyze.singular_values(x))
+    close(rank(torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])), torch.tensor(2.0))
+    close(analyze.singular_values(torch.tensor([[3.0, 0], [-3, 0], [0, 1], [0, -1]])), torch.tensor([18, 2.0]).sqrt())
     line = torch.linspace(-1, 1, 9)[:, None] * torch.randn(5)
-    close(analyze.effective_rank(line), torch.tensor(1.0))
+    close(rank(line), torch.tensor(1.0))
 
 
 def test_distance_and_nmi_against_loops(maps):
@@ -83,7 +86,7 @@ def test_similarities_against_loops(maps):
 def test_nmi_of_queries_that_look_at_one_key_is_zero_and_a_key_unseen_is_no_nan():
     one = torch.zeros(1, 1, 17, 17)
     one[..., 3] = 1
-    assert analyze.nmi(one).item() == 0
+    assert analyze.nmi(one).item() == pytest.approx(0, abs=1e-5)
     unseen = torch.rand(1, 1, 17, 17)
     unseen[..., 5] = 0
     assert 0 < analyze.nmi(unseen / unseen.sum(-1, keepdim=True)).item() < 1
@@ -161,35 +164,51 @@ def test_the_script(npz, capsys):
     capsys.readouterr()
     for out in ("d", "m"):  # the real lines of eval_linear.py, with other numbers
         row = eval_linear.main([f"{out}/last.pt", "--device", "cpu", "--epochs", "1"])
-        row |= dict(linear=dict(d=80.0, m=50.0)[out], test=100)
+        row["results"] |= dict(linear=dict(d=80.0, m=50.0)[out], test=100)
         vit.Path(dict(d="a", m="b")[out] + ".json").write_text("text\n" + json.dumps(row) + "\n")
     files = ["--results", "a.json", "b.json"]
     result = analyze.main(["d/last.pt", "m/last.pt", "--quick", "--out", "an", "--device", "cpu", *files])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert "8: holds" in last["verdicts"] and "9: not measured" in last["verdicts"] and last["images"] == 24
+    assert last["task"] == "analyze" and last["results"]["images"] == 24
+    assert "8: holds" in last["results"]["verdicts"] and "9: not measured" in last["results"]["verdicts"]
+    result = result["results"]
     kinds = {name: m["kind"] for name, m in result["models"].items()}
     assert kinds == {"d": "cl", "m": "mim", "untrained": "untrained"}
     found = result["models"]["d"]["found"]
     assert found["images"]["distance"].keys() == {"1", "2"} and len(found["linear"]) == 3
     assert {c["claim"] for c in result["claims"]} == set(range(1, 11))
-    assert json.loads(vit.Path("an/analysis.json").read_text())["models"].keys() == kinds.keys()
+    assert json.loads(vit.Path("an/analysis.json").read_text())["results"]["models"].keys() == kinds.keys()
     with Image.open("an/analysis.png") as img:
         assert img.width == 1400
     with Image.open("an/queries.png") as img:  # an image and three encoders; two queries of each of three images
         assert img.size == (640, 960)
 
 
-def test_streamed_in_small_batches_it_is_the_same(npz):
+def test_neither_batch_nor_order_changes_a_measure(npz):
     net = vit.ViT(16, 4, **vit.SIZES["test"]).eval()
     config = dict(net.config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls")
-    images = vit.load_images(npz, "test", 16)
-    found = [
-        analyze.measure_images(net, images, config, analyze.get_args(["x", "--batch", b]), torch.device("cpu"))
-        for b in ("24", "8")
-    ]
-    for name in found[0].keys() - {"clustered"}:  # that one is less the mean of the batch
-        for depth in found[0][name]:
-            close(found[0][name][depth], found[1][name][depth])
+    images = vit.open_images(npz)[1]
+    order = torch.randperm(24).tolist()
+    measure = lambda images, b: analyze.measure_images(
+        net, images, config, SimpleNamespace(batch=b, workers=0), torch.device("cpu")
+    )
+    (whole, spectrum), (parts, other) = measure(images, 24), measure(images.pick(order), 5)
+    for name in whole:
+        for depth in whole[name]:
+            close(whole[name][depth][order], parts[name][depth])
+    close(torch.tensor(spectrum), torch.tensor(other))
+
+
+def test_clustering_is_less_the_mean_token_of_all_images(npz):
+    net = vit.ViT(16, 4, **vit.SIZES["test"]).eval()
+    config, images = dict(net.config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls"), vit.open_images(npz)[1]
+    found, _ = analyze.measure_images(net, images, config, SimpleNamespace(batch=7, workers=0), torch.device("cpu"))
+    with torch.no_grad():
+        x = net.embed(vit.prepare(images.items, config))[:, 1:]
+    x = F.normalize(x - x.mean((0, 1)), dim=-1)
+    for i in range(len(x)):
+        pairs = [x[i, a] @ x[i, b] for a in range(16) for b in range(16) if a != b]
+        assert found["clustered"][0][i].item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
 
 
 def test_cue_conflict_layout(npz, tmp_path):
@@ -200,12 +219,18 @@ def test_cue_conflict_layout(npz, tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((16, 16, 3), 40 * i + 60 * j, dtype=np.uint8)).save(file)
     result = analyze.main(["d/last.pt", "--quick", "--out", "an", "--cue-conflict", "cue", "--device", "cpu"])
-    assert len(result["models"]["d"]["found"]["shape"]) == 3
+    assert len(result["results"]["models"]["d"]["found"]["shape"]) == 3
 
 
 @pytest.mark.parametrize(
     "options,message",
-    [("", "no checkpoint given"), ("nowhere.pt", "no checkpoint at nowhere.pt"), ("d/last.pt --data x", "no such")],
+    [
+        ("", "no checkpoint given"),
+        ("nowhere.pt", "no checkpoint at nowhere.pt"),
+        ("d/last.pt --data x", "no such"),
+        ("d/last.pt --limit 0", "--limit: must be 1 or more"),
+        ("d/last.pt --batch 0", "--batch: must be 1 or more"),
+    ],
 )
 def test_wrong_input(npz, capsys, options, message):
     dino.main(tiny("--steps", 1, out="d"))
@@ -226,4 +251,6 @@ def test_a_result_that_cannot_be_read_is_refused_before_measuring(npz, capsys, m
     monkeypatch.setattr(analyze, "measure_encoder", lambda *_: pytest.fail("measured first"))
     config = dict((model := vit.ViT(16, 4, **vit.SIZES["test"])).config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls")
     torch.save(dict(encoder=model.state_dict(), config=config), "a.pt")
-    assert "--results nowhere.json" in fails(analyze.main, ["a.pt", "--data", npz, "--results", "nowhere.json"], capsys)
+    assert "nowhere.json is not a readable result" in fails(
+        analyze.main, ["a.pt", "--data", npz, "--results", "nowhere.json"], capsys
+    )

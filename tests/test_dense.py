@@ -25,10 +25,14 @@ def test_jaccard_against_a_loop():
 
 def test_mean_iou_of_known_masks():
     wanted = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]])
-    assert eval_dense.mean_iou(wanted.where(wanted != 255, 0), wanted, 3) == 1  # what is left out counts for nothing
-    assert eval_dense.mean_iou(torch.zeros(2, 4).long(), wanted, 3) == pytest.approx((4 / 7 + 0) / 2)
-    found = torch.tensor([[0, 0, 1, 1], [2, 0, 1, 1]])
-    assert eval_dense.mean_iou(found, wanted, 3) == pytest.approx((3 / 4 + 1 + 0) / 3)
+    found = torch.stack(
+        [wanted.where(wanted != 255, 0), torch.zeros(2, 4).long(), torch.tensor([[0, 0, 1, 1], [2, 0, 1, 1]])]
+    )
+    both, either = eval_dense.overlaps(found, wanted.expand(3, -1, -1), 3)
+    # what is left out counts for nothing; a class that is in neither mask is left out of the mean
+    assert eval_dense.mean_iou(both, either).tolist() == pytest.approx([1, (4 / 7 + 0) / 2, (3 / 4 + 1 + 0) / 3])
+    sums = both.sum(0), either.sum(0)  # over all images: intersections 4 + 4 + 3 of class 0, unions 4 + 7 + 4, ...
+    assert eval_dense.mean_iou(*sums).item() == pytest.approx((11 / 15 + 6 / 9 + 0) / 3)
 
 
 def test_the_commonest_class_of_a_patch():
@@ -56,10 +60,12 @@ def test_the_demo_masks_are_read_out(tmp_path, capsys):
     """Shapes are yellow on blue: a linear layer on any patch token finds them, up to the size of a patch."""
     dino.main(tiny("--steps", 1, "--img-size", 32, data="demo.npz", batch=64, out="d"))
     capsys.readouterr()
-    result = eval_dense.main(["d/last.pt", "--pairs", "200", "--device", "cpu"])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    result = eval_dense.main(["d/last.pt", "--limit", "200", "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result and result["method"] == "dino"
+    result = result["results"]
+    assert result["jaccard_images"] == 400 and result["miou"] > 60  # attention of both splits: nothing is trained
     assert len(result["dense_by_block"]) == 2 and result["dense"] > 60 and result["classes"] == 2
-    assert 0 < result["jaccard"] < 50 and result["method"] == "dino"
+    assert 0 < result["jaccard"] < 50
 
 
 def test_folders_of_pairs(npz, tmp_path, capsys):
@@ -76,9 +82,11 @@ def test_folders_of_pairs(npz, tmp_path, capsys):
             (tmp_path / "voc" / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(x.astype(np.uint8)).save(tmp_path / "voc" / folder / f"{i}.png")
     (tmp_path / "voc/images/3.png").write_bytes(b"broken")
-    result = eval_dense.main(["d/last.pt", "--data", "voc", "--device", "cpu"])
+    result = eval_dense.main(["d/last.pt", "--data", "voc", "--device", "cpu"])["results"]
     assert result["classes"] == 3 and result["train"] + result["test"] == 11
     assert "skipped" in capsys.readouterr().err
+    official = eval_dense.main(["d/last.pt", "--train", "voc", "--test", "voc", "--device", "cpu"])["results"]
+    assert official["train"] == official["test"] == 11 and official["jaccard_images"] == 22
     mask = eval_dense.read_mask("voc/masks/0.png", 10)
     assert mask.shape == (10, 15) and set(mask.unique().tolist()) == {0, 1, 255}
 
@@ -92,11 +100,9 @@ def test_masks_are_found_by_folder_and_name_and_must_have_the_image_s_shape(tmp_
                 size = (8, 16) if (kind, i, frame) == ("masks", 2, 1) else (16, 8)  # one is turned
                 img = Image.fromarray(np.full(size, value, dtype=np.uint8))
                 img.save(tmp_path / "davis" / kind / sequence / f"0000{frame}.png")
-    pairs = eval_dense.load_pairs("davis", 8, 100)
-    found = {
-        (int(x.max()), int(m.max())) for images, masks in pairs.values() for x, m in zip(images, masks, strict=True)
-    }
-    assert found == {(0, 0), (50, 1), (100, 2)} and sum(len(m) for _, m in pairs.values()) == 5
+    images, masks = eval_dense.load_pairs("davis", 8, 100)
+    found = {(int(x.max()), int(m.max())) for x, m in zip(images, masks, strict=True)}
+    assert found == {(0, 0), (50, 1), (100, 2)} and len(masks) == 5
     assert "turned?" in capsys.readouterr().err
 
 
@@ -109,7 +115,7 @@ def test_values_of_masks_are_classes_whatever_they_are(npz, tmp_path):
         for kind, x in (("images", rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)), ("masks", mask)):
             (tmp_path / "odd" / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(x).save(tmp_path / "odd" / kind / f"{i}.png")
-    assert eval_dense.main(["d/last.pt", "--data", "odd", "--device", "cpu"])["classes"] == 3
+    assert eval_dense.main(["d/last.pt", "--data", "odd", "--device", "cpu"])["results"]["classes"] == 3
 
 
 @pytest.mark.parametrize(
@@ -119,6 +125,9 @@ def test_values_of_masks_are_classes_whatever_they_are(npz, tmp_path):
         ("nowhere.pt", "no checkpoint at nowhere.pt"),
         ("d/last.pt --data tiny.npz", "no folder with images/ and masks/"),
         ("d/last.pt --data empty", "has a mask of the same folder and name"),
+        ("d/last.pt --train voc", "--train and --test: give both"),
+        ("d/last.pt --mass 7", "argument --mass: must be between 0 and 1"),
+        ("d/last.pt --limit 0", "--limit must be 2 or more"),
     ],
 )
 def test_wrong_input(npz, tmp_path, capsys, options, message):

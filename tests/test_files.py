@@ -3,20 +3,26 @@
 import argparse
 import os
 import pickle
-import time
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import pictures
+from conftest import ROOT, pictures
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 import vit
+
+
+def load(data, split="train", side=None, quiet=True, **options):
+    """One split of a data set, `side` px."""
+    images = vit.open_images(data, **options)[split == "test"]
+    return images.at(side or images.side, quiet)
 
 
 def save(name, img=None, **options):
@@ -29,32 +35,43 @@ def save(name, img=None, **options):
 RED = np.zeros((8, 8, 3), np.uint8) + np.array([200, 20, 40], np.uint8)
 
 
-def test_demo_is_drawn_by_the_script_that_comes_with_it():
-    import make_demo
-
-    with np.load(vit.Path(vit.__file__).with_name("demo.npz")) as z:
-        stored = dict(z)
-    drawn = make_demo.make(n_train=160, n_test=40)  # another length gives other numbers: this only checks the kinds
-    assert drawn.keys() == stored.keys() and all(drawn[k].dtype == stored[k].dtype for k in drawn)
-    assert all(
-        np.bincount(stored[f"{s}_labels"]).ptp() == 0 if hasattr(np.ndarray, "ptp") else True for s in ("train", "test")
-    )
-    images = vit.load_images("demo.npz", "test")
-    assert images.side == 32 and len(images.classes) == 10 and len(images) == len(stored["test_images"])
-    assert len(vit.load_images("demo.npz", "test", label="shapes").classes) == 8
-    mask = np.unpackbits(stored["test_masks"][0]).reshape(32, 32).astype(bool)
-    warm = stored["test_images"][0][..., 0] > stored["test_images"][0][..., 2]  # shapes are yellow, the rest is blue
-    assert (warm == mask).all()
+def test_the_demo_set_has_even_classes_and_true_masks():
+    train, test = vit.open_images()
+    for images, n in ((train, 4000), (test, 800)):
+        assert images.side == 32 and images.labels.bincount().tolist() == [n // 10] * 10
+    assert vit.open_images(label="shapes")[1].labels.bincount().tolist() == [100] * 8
+    with np.load(ROOT / "demo.npz") as z:
+        masks = np.unpackbits(z["test_masks"], axis=1).reshape(-1, 32, 32).astype(bool)
+        warm = z["test_images"][..., 0] > z["test_images"][..., 2]  # shapes are yellow, the rest is blue
+    assert (warm == masks).all()
 
 
 @pytest.mark.slow
-def test_demo_is_reproduced_exactly():
+def test_demo_is_reproduced():
+    """By tools/make_demo.py; up to the rounding of another NumPy's sine, a few pixels by a level of 17."""
     import make_demo
 
     drawn = make_demo.make()
-    with np.load(vit.Path(vit.__file__).with_name("demo.npz")) as z:
+    with np.load(ROOT / "demo.npz") as z:
         for k in z.files:
-            assert np.array_equal(z[k], drawn[k]), k
+            same = z[k] == drawn[k]
+            assert same.all() if k.endswith(("labels", "shapes")) else same.mean() > 0.999, k
+
+
+def test_safetensors_and_the_weights_in_the_repository(tmp_path):
+    """weights/*.pt were saved by version 0.1; their features were recorded with it."""
+    from safetensors.torch import load_file, save_file
+
+    with np.load(ROOT / "tests/golden/weights.npz") as z:
+        x = torch.from_numpy(z["x"])
+        assert {f"{f.stem}" for f in (ROOT / "weights").glob("*.pt")} == set(z.files) - {"x"}
+        for name in set(z.files) - {"x"}:
+            net, config = vit.load_encoder(ROOT / f"weights/{name}.pt", quiet=True)
+            save_file({k: v.clone() for k, v in net.state_dict().items()}, "x.safetensors")
+            net.load_state_dict(load_file("x.safetensors"))
+            with torch.no_grad():
+                found = net.encode(vit.prepare(x, config), config["feature"])
+            np.testing.assert_allclose(found, z[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +141,7 @@ def test_animation_and_wrong_suffix_are_read_and_other_files_left_alone():
     os.rename("b.bmp", "b.jpg")
     Path("notes.txt").write_text("not an image")
     Path(".hidden.png").write_bytes(b"")
-    images = vit.load_images(".", side=8, quiet=True)
+    images = load(".", side=8)
     assert len(images) == 2 and images[0, 0.5][:, 4, 4].tolist() == [255, 0, 0]
 
 
@@ -139,18 +156,51 @@ def test_broken_images_are_skipped_counted_and_named(kind, capsys):
         Path("bad.png").write_bytes(
             {"truncated": good[:400], "empty": b"", "text": b"hello", "header": good[:20]}[kind]
         )
-    images = vit.load_images(".", side=8)
+    images = load(".", side=8, quiet=False)
     assert len(images) == 9 and "skipped 1 unreadable images of 10: ./bad.png" in capsys.readouterr().err.replace(
         os.getcwd(), "."
     )
 
 
+def test_a_skipped_file_takes_its_label_along(monkeypatch):
+    """Whether decoded at once, or streamed by processes: labels stay those of the images."""
+    for i, name in enumerate("abcd"):
+        save(f"d/{name}/0.png", Image.new("RGB", (8, 8), (60 * i, 0, 0)))
+    Path("d/b/0.png").write_bytes(b"broken")
+    train = vit.open_images("d")[0].pick(range(4))
+    assert (
+        [x[0, 0, 0].item() // 60 for x in train.at(8, quiet=True).items]
+        == train.at(8, quiet=True).labels.tolist()
+        == [0, 2, 3]
+    )
+    monkeypatch.setattr(vit, "IN_MEMORY", 0)
+    for workers in (0, 1):
+        images = vit.open_images("d")[0].pick(range(4)).at(8)
+        with warnings.catch_warnings(action="ignore"):
+            (batch,) = vit.stream(images, vit.in_order(images, 4), workers=workers)
+        assert (batch[:, 0, 0, 0] // 60).tolist() == images.labels.tolist() == [0, 2, 2, 3]
+
+
+def test_sets_of_a_user_s_own_are_read_one_by_one():
+    class Mine:
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, i):
+            return torch.full((3, 20, 10), i, dtype=torch.uint8)
+
+    images = vit.Images(Mine(), side=8)
+    assert images[3, 0.5].shape == (3, 8, 8) and images.at(8).items.shape == (12, 3, 16, 8)
+    (batch,) = vit.stream(images, vit.in_order(images, 12), workers=0)
+    assert batch[:, 0, 0, 0].tolist() == list(range(12)) and images.subset(3)[2, 0.5][0, 0, 0] == 11
+
+
 def test_nothing_readable():
     Path("bad.png").write_bytes(b"x")
-    with pytest.raises(vit.InputError, match=r"none of the .* images can be read, such as .*bad.png"):
-        vit.load_images(".", side=8, quiet=True)
+    with pytest.raises(vit.InputError, match=r"none of the 1 images can be read: .*bad.png"):
+        vit.Images(["bad.png"], side=8).at(8)
     with pytest.raises(vit.InputError, match="none of the first 1 images"):
-        vit.load_images(".")
+        load(".")
 
 
 def test_layouts():
@@ -160,15 +210,15 @@ def test_layouts():
                 save(f"one/{split}/{name}/{i}.png")
                 save(f"two/{name}/{split}{i * 2}/{i}.png")
                 save(f"three/{split}/{i}.png")
-    images = vit.load_images("one", "test", 8, quiet=True)
+    images = load("one", "test", 8)
     assert len(images) == 6 and images.classes == ["cat", "dög"] and images.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    train, test = (vit.load_images("two", s, 8, quiet=True) for s in ("train", "test"))
+    train, test = (load("two", s, 8) for s in ("train", "test"))
     assert (len(train), len(test)) == (11, 1) and train.classes == ["cat", "dög"]
-    assert vit.load_images("three", "train", 8, quiet=True).labels is None
-    assert len(vit.load_images("three", "train", 8, quiet=True)) == 3
+    assert load("three", "train", 8).labels is None
+    assert len(load("three", "train", 8)) == 3
     with pytest.raises(vit.InputError, match="no images in"):
         os.makedirs("four/train/empty")
-        vit.load_images("four", "train", 8)
+        load("four", "train", 8)
 
 
 def test_train_alone_and_test_without_labels():
@@ -177,20 +227,19 @@ def test_train_alone_and_test_without_labels():
             save(f"alone/train/{name}/{i}.png")
             save(f"kaggle/train/{name}/{i}.png")
     save("kaggle/test/1.png")
-    train, test = (vit.load_images("alone", s, 8, quiet=True) for s in ("train", "test"))
+    train, test = vit.open_images("alone")
     assert (len(train), len(test)) == (18, 2)
-    args = argparse.Namespace(data="kaggle", canvas=8)
-    train, test = vit.load_splits(args, 0)
-    assert len(train) == 20 and test is None
+    train, test = vit.open_images("kaggle")
+    assert len(train) == 20 and test.labels is None
     x, y = pictures(20)
     np.savez("alone.npz", train_images=x, train_labels=y)
-    assert [len(vit.load_images("alone.npz", s)) for s in ("train", "test")] == [18, 2]
+    assert [len(images) for images in vit.open_images("alone.npz")] == [18, 2]
 
 
 def test_classes_missing_in_one_split_are_numbered_alike():
     x, _ = pictures(4)
     np.savez("x.npz", train_images=x, train_labels=[0, 1, 2, 3], test_images=x, test_labels=[0, 2, 3, 9])
-    train, test = vit.load_splits(argparse.Namespace(data="x.npz", canvas=None), 0)
+    train, test = vit.open_images("x.npz")
     assert train.labels.tolist() == [0, 1, 2, 3] and test.labels.tolist() == [0, 2, 3, 4]
     assert train.classes == test.classes == ["0", "1", "2", "3", "9"]
 
@@ -200,12 +249,12 @@ def test_labels_of_one_class_and_a_class_without_images():
         os.makedirs(f"d/{name}")
     for i in range(4):
         save(f"d/cats/{i}.png")
-    assert vit.load_images("d", side=8, quiet=True).labels is None  # one class tells nothing apart
+    assert load("d", side=8).labels is None  # one class tells nothing apart
     save("d/dogs/0.png")
-    assert vit.load_images("d", side=8, quiet=True).classes == ["cats", "dogs"]
+    assert load("d", side=8).classes == ["cats", "dogs"]
     x, _ = pictures(4)
     np.savez("one.npz", train_images=x, train_labels=np.zeros(4), test_images=x, test_labels=np.zeros(4))
-    images = vit.load_images("one.npz")
+    images = load("one.npz")
     assert images.classes == ["0.0"] and vit.knn(torch.eye(4), images.labels, torch.eye(4), images.labels)[20][0] == 100
 
 
@@ -218,28 +267,19 @@ def test_links_that_lead_back_and_folders_that_cannot_be_read():
     os.chmod("a/closed", 0o700)
 
 
-def test_a_hundred_thousand_files_are_listed_in_two_seconds():
-    os.mkdir("many")
-    for i in range(100_000):
-        os.close(os.open(f"many/{i}.jpg", os.O_CREAT))
-    start = time.time()
-    assert len(vit.list_images("many")) == 100_000
-    assert time.time() - start < 2
-
-
 def test_npz_kinds():
     x, y = pictures(20)
     np.savez("medmnist.npz", train_images=x, train_labels=y[:, None], val_images=x[:4], val_labels=y[:4, None])
     np.savez("grey.npz", images=x[..., 0], labels=np.array(["b", "a"] * 10))
     np.savez("gaps.npz", train_images=x, train_labels=y * 50 - 7, test_images=x[:3], test_labels=y[:3] * 50 - 7)
     np.savez("many.npz", train_images=x, train_labels=np.zeros((20, 5)))
-    assert len(vit.load_images("medmnist.npz", "test")) == 4  # val stands in for test
-    grey = vit.load_images("grey.npz")
+    assert len(load("medmnist.npz", "test")) == 4  # val stands in for test
+    grey = load("grey.npz")
     assert grey.channels == 3 and len(grey) == 18 and grey.classes == ["a", "b"]
-    assert len(vit.load_images("grey.npz", "test")) == 2
-    assert vit.load_images("gaps.npz").labels.tolist() == y.tolist()
-    assert vit.load_images("many.npz").labels is None
-    assert vit.load_images("medmnist.npz", side=8).pixels.shape == (20, 3, 8, 8)
+    assert len(load("grey.npz", "test")) == 2
+    assert load("gaps.npz").labels.tolist() == y.tolist()
+    assert load("many.npz").labels is None
+    assert load("medmnist.npz", side=8).items.shape == (20, 3, 8, 8)
 
 
 @pytest.mark.parametrize("kind", ["objects", "text", "floats", "no images", "zip", "empty"])
@@ -259,16 +299,12 @@ def test_npz_that_is_wrong(kind):
         with zipfile.ZipFile("x.npz", "w") as z:
             z.writestr("images.npy", b"not an array")
     with pytest.raises(vit.InputError, match="x.npz"):
-        vit.load_images("x.npz")
-
-
-def test_image_side_is_that_before_resizing(folder, npz):
-    assert vit.image_side(folder) == vit.image_side(npz) == 16 and vit.image_side("demo.npz") == 32
+        load("x.npz")
 
 
 def test_stats_are_the_channels_mean_and_deviation(npz):
-    images = vit.load_images(npz)
-    x = images.pixels.double() / 255
+    images = load(npz)
+    x = images.items.double() / 255
     mean, std = images.stats()
     np.testing.assert_allclose(mean, x.mean((0, 2, 3)), rtol=1e-4)
     np.testing.assert_allclose(std, x.std((0, 2, 3)), rtol=1e-4)
@@ -276,12 +312,12 @@ def test_stats_are_the_channels_mean_and_deviation(npz):
 
 def test_prepare_at_the_native_size_is_normalisation_and_above_64_px_a_crop_of_7_8():
     x = torch.randint(0, 256, (2, 3, 16, 16)).byte()
-    expected = (x / 255 - 0.5) / 0.25
-    torch.testing.assert_close(vit.prepare(x, [16, 16], [0.5] * 3, [0.25] * 3), expected)
+    config = lambda *size: dict(img_size=list(size), mean=[0.5] * 3, std=[0.25] * 3)
+    torch.testing.assert_close(vit.prepare(x, config(16, 16)), (x / 255 - 0.5) / 0.25)
     ramp = torch.arange(256).byte().expand(1, 3, 256, 256)
-    out = vit.prepare(ramp, [224, 224], [0.0] * 3, [1.0] * 3)[0, 0, 0] * 255
+    out = (vit.prepare(ramp, config(224, 224))[0, 0, 0] * 0.25 + 0.5) * 255
     torch.testing.assert_close(out, torch.arange(16, 240).float(), rtol=0, atol=1e-3)
-    assert vit.prepare(x, [32, 16], [0.0] * 3, [1.0] * 3).shape == (2, 3, 32, 16)
+    assert vit.prepare(x, config(32, 16)).shape == (2, 3, 32, 16)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -317,10 +353,9 @@ def test_encoders_of_all_kinds_are_read(how, capsys):
     net, config = vit.load_encoder("x.pth")
     err = capsys.readouterr().err
     total = len(net.state_dict())
-    assert f"{total}/{total} tensors of the ViT matched" in err and config["heads"] == 3 and config["patch"] == 8
-    assert ("not used: 1 (head.mlp.0.weight)" in err) == (how == "dino") and ("no final norm" in err) == (
-        how == "siameseim"
-    )
+    assert f"all {total} tensors of the ViT found" in err and config["heads"] == 3 and config["patch"] == 8
+    assert ("not used: head.mlp.0.weight" in err) == (how == "dino") and "3 attention heads assumed" in err
+    assert config["feature"] == ("mean" if how == "siameseim" else "cls")  # as its authors evaluate
     x, expected = torch.randn(2, 3, 32, 32), small().eval()
     if how == "siameseim":
         expected.norm = torch.nn.Identity()
@@ -328,26 +363,44 @@ def test_encoders_of_all_kinds_are_read(how, capsys):
         torch.testing.assert_close(net(x), expected(x))
 
 
-def test_a_missing_tensor_is_refused_unless_told_otherwise():
+def test_a_foreign_vit_h_has_sixteen_heads():
+    shape = vit.SIZES["huge"] | dict(depth=1)
+    torch.save(vit.ViT(28, 14, **shape).state_dict(), "h.pth")
+    assert vit.load_encoder("h.pth")[1]["heads"] == shape["heads"] == 16
+    assert vit.load_encoder("h.pth", heads=8)[1]["heads"] == 8  # MoCo v3's ViT-S has 12, not 6: nothing in it tells
+    with pytest.raises(vit.InputError, match="a width of 1280 cannot be divided among 7 attention heads"):
+        vit.load_encoder("h.pth", heads=7)
+
+
+OTHERS = ("blocks.0.ls1.gamma", "blocks.0.gamma_1", "fc_norm.weight", "reg_token", "register_tokens", "norm_pre.weight")
+OTHERS += ("rel_pos_bias.relative_position_bias_table", "blocks.0.attn.relative_position_bias_table", "dist_token")
+
+
+@pytest.mark.parametrize("extra", OTHERS)
+def test_a_network_that_would_be_computed_wrongly_is_refused(extra):
+    torch.save(small().state_dict() | {extra: torch.ones(192)}, "x.pth")
+    with pytest.raises(vit.InputError, match=f"1 tensors are missing, of another shape, or of another .*{extra}"):
+        vit.load_encoder("x.pth")
+
+
+def test_a_missing_tensor_is_refused():
     weights = small().state_dict()
     del weights["blocks.1.mlp.fc1.weight"]
     weights["norm.bias"] = torch.zeros(7)
     torch.save(weights, "x.pth")
-    with pytest.raises(vit.InputError, match="2 tensors missing, of another shape or unknown: .*fc1"):
+    with pytest.raises(vit.InputError, match="2 tensors are missing, of another shape, .*fc1"):
         vit.load_encoder("x.pth")
-    vit.load_encoder("x.pth", strict=False, quiet=True)
     torch.save({"head.weight": torch.zeros(3)}, "y.pth")
     with pytest.raises(vit.InputError, match="holds no ViT"):
         vit.load_encoder("y.pth")
-    torch.save(small().state_dict() | {"blocks.0.ls1.gamma": torch.ones(192)}, "z.pth")  # LayerScale: another function
-    with pytest.raises(vit.InputError, match="unknown: .*ls1.gamma"):
-        vit.load_encoder("z.pth")
 
 
-def test_a_foreign_vit_h_has_sixteen_heads():
-    shape = vit.SIZES["huge"] | dict(depth=1)
-    torch.save(vit.ViT(28, 14, **shape).state_dict(), "h.pth")
-    assert vit.load_encoder("h.pth", quiet=True)[1]["heads"] == shape["heads"] == 16
+def test_of_pcae_s_files_the_model_is_taken_and_of_dino_s_the_teacher():
+    model, teacher = small().state_dict(), {k: v + 1 for k, v in small().state_dict().items()}
+    torch.save(dict(model=model, teacher=teacher), "pcae.pth")
+    torch.save(dict(student=model, teacher=teacher), "dino.pth")
+    for file, expected in (("pcae.pth", model), ("dino.pth", teacher)):
+        assert torch.equal(vit.load_encoder(file)[0].cls_token, expected["cls_token"])
 
 
 class Bomb:
@@ -378,25 +431,6 @@ def test_a_checkpoint_of_a_few_bytes(content):
     Path("x.pt").write_bytes(content)
     with pytest.raises(vit.InputError, match="x.pt"):
         vit.load_encoder("x.pt")
-
-
-def test_one_line_where_a_picture_cannot_be_used():
-    save("a.png", Image.fromarray(RED))
-    Path("text.jpg").write_text("no picture")
-    with pytest.raises(vit.InputError, match="text.jpg is not a readable image"):
-        vit.read_square("text.jpg", 8)
-    with pytest.raises(vit.InputError, match="an image of 3 channels, the network takes 5"):
-        vit.read_square("a.png", 8, channels=5)
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(vit.InputError, match="100 unreadable images in a"):
-        vit.Images(["text.jpg"] * 101, None, None, [], 8)[0, 0.5]
-
-
-def test_safetensors_carries_an_encoder_elsewhere():
-    from safetensors.torch import load_file, save_file
-
-    save_file({k: v.clone() for k, v in small().state_dict().items()}, "x.safetensors")
-    other = vit.ViT(32, 8, dim=192, depth=2, heads=3)
-    other.load_state_dict(load_file("x.safetensors"))
 
 
 # Fuzzing: whatever bytes are given, the loaders either work or say what is wrong --------------------------------------
@@ -434,13 +468,11 @@ def test_damaged_bytes(kind, edits, cut):
         if kind < 2:
             vit.decode(str(file), 8)
         elif kind < 4:
-            vit.load_images(str(file))
+            load(str(file))
         else:
-            vit.load_encoder(str(file), quiet=True)
+            vit.load_encoder(str(file))
     except vit.InputError:
         pass
-    except vit.BROKEN:
-        assert kind < 2
     finally:
         file.unlink()
 
@@ -459,7 +491,7 @@ def test_odd_arrays(found):
     np.savez("odd.npz", **found)
     for split, side in (("train", None), ("test", 8)):
         try:
-            images = vit.load_images("odd.npz", split, side)
+            images = load("odd.npz", split, side)
         except vit.InputError:
             continue
         assert images[0, 0.5].shape == (images.channels, images.side, images.side)
@@ -489,7 +521,7 @@ def test_odd_checkpoints(config, changes, removed, wrapped):
     weights = {k: v for k, v in (net.state_dict() | changes).items() if k not in removed}
     torch.save(dict(encoder=weights, config=net.config | config) if wrapped else weights, "odd.pt")
     try:
-        found, config = vit.load_encoder("odd.pt", quiet=True)
+        found, config = vit.load_encoder("odd.pt")
     except vit.InputError:
         return
     assert found(torch.zeros(1, config["in_chans"], *config["img_size"])).shape[-1] == config["dim"]

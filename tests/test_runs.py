@@ -7,104 +7,111 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import FILES, checkpoint, command, fails, log, losses, networks, pictures, same, start, tensors, tiny
+from conftest import (
+    DEVICE,
+    MAIN,
+    SCRIPT,
+    checkpoint,
+    command,
+    environment,
+    fails,
+    log,
+    losses,
+    pictures,
+    same,
+    start,
+    tensors,
+    tiny,
+)
 
-import dino
-import hybrid
-import mae_pcae
-import siameseim
 import vit
 
-SCRIPTS = {"dino": dino.main, "mae": mae_pcae.main, "pcae": mae_pcae.main, "siameseim": siameseim.main}
-everywhere = pytest.mark.parametrize("method", SCRIPTS)
-slow = [pytest.param(m, marks=pytest.mark.slow) for m in SCRIPTS if m != "dino"]
-quick = ["dino", "mae", pytest.param("pcae", marks=pytest.mark.slow), "siameseim"]  # PCAE shares its file with MAE
-scripts = pytest.mark.parametrize("method", quick)
+everywhere = pytest.mark.parametrize("method", MAIN)
+slow = [pytest.param(m, marks=pytest.mark.slow) for m in MAIN if m != "dino"]
 dino_fast = pytest.mark.parametrize("method", ["dino", *slow])  # what is long, or vit.py's alone
-EXACT = ["--precision", "fp32", "--drop-path", 0, "--log-every", 1]
-
-
-def streamed(monkeypatch):
-    """Makes even a small folder too large for memory, so that workers decode it."""
-    monkeypatch.setattr(vit, "load_images", functools.partial(vit.load_images, max_bytes=0))
+linux = pytest.mark.linux
+EXACT = ["--precision", "fp32", "--drop-path", 0]
 
 
 @everywhere
 def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(method, npz):
-    main = SCRIPTS[method]
+    main = MAIN[method]
     main(tiny("--steps", 20, "--drop-path", 0.1, out="straight", method=method))
     main(tiny("--steps", 10, "--drop-path", 0.1, method=method))
     main(tiny("--steps", 20, "--drop-path", 0.1, method=method))
     assert same(checkpoint("straight"), checkpoint()) == []
-    assert [r["step"] for r in log() if "loss" in r] == sorted({r["step"] for r in log() if "loss" in r})
+    assert [r["step"] for r in log() if "loss" in r] == list(range(1, 21))
 
 
 FOLLOWS = {
-    "dino": (dino.main, "/teacher/", "/student/"),
-    "pcae": (mae_pcae.main, "/net/teacher.", "/net/vit."),
-    "siameseim": (siameseim.main, "/net/target.", "/net/online."),
-    "hybrid": (hybrid.main, "/teacher/", "/nets/student."),
+    "dino": ("/net/teacher.", "/net/student."),
+    "pcae": ("/net/teacher.", "/net/vit."),
+    "siameseim": ("/net/target.", "/net/online."),
+    "hybrid": ("/net/teacher.", "/net/student."),
 }
 
 
 @pytest.mark.parametrize("method", FOLLOWS)
 def test_the_teacher_begins_as_the_student_and_follows_it_by_momentum(method, npz):
     """By the loop itself: equal while nothing learns; then t = m t + (1 - m) s, with m of that step."""
-    main, teacher, student = FOLLOWS[method]
+    teacher, student = FOLLOWS[method]
 
     def run(out, *more):
-        main(tiny(*more, "--momentum", 0.5, method=method, out=out))
+        MAIN[method](tiny(*more, "--momentum", 0.5, method=method, out=out))
         found = tensors(checkpoint(out))
         return [(v, found[student + k[len(teacher) :]]) for k, v in found.items() if k.startswith(teacher)]
 
     still = run("still", "--lr", 0, "--steps", 2)
-    assert len(still) > 20 and all(torch.equal(t, s) for t, s in still)
+    assert len(still) > 20 and all(torch.allclose(t, s, rtol=0, atol=1e-5) for t, s in still)  # a last lr of 1e-6
     before, after = (run("run", "--warmup", 0, "--steps", steps) for steps in (1, 2))
-    m = dino.cosine(1, 32, 0.5, 1.0)
+    m = vit.cosine(1, 32, 0.5, 1.0)
     for (t, _), (moved, s) in zip(before, after, strict=True):
         torch.testing.assert_close(moved, m * t + (1 - m) * s, rtol=0, atol=1e-6)
     assert sum(not torch.equal(a, b) for (_, a), (_, b) in zip(before, after, strict=True)) > 20
 
 
-@pytest.mark.parametrize("method", ["dino", "siameseim"])
+@pytest.mark.parametrize("method", ["dino", "siameseim", "hybrid"])
 def test_gradients_are_clipped_as_the_paper_s_authors_do(method, npz, monkeypatch):
-    """DINO: each tensor's norm. SiameseIM: that of all together."""
+    """DINO: each parameter's norm. SiameseIM: that of all together."""
     norms = []
 
     def step(adam):
         norms.extend(p.grad.norm().item() for g in adam.param_groups for p in g["params"] if p.grad is not None)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    SCRIPTS[method](tiny("--steps", 1, "--clip", 1e-3, method=method))
+    MAIN[method](tiny("--steps", 1, "--clip", 1e-3, method=method))
     largest, total = max(norms), math.hypot(*norms)
-    assert largest <= 1.01e-3 and (total > 3e-3 if method == "dino" else 0.9e-3 < total <= 1.01e-3)
+    assert largest <= 1.01e-3 and (0.9e-3 < total <= 1.01e-3 if method == "siameseim" else total > 3e-3)
 
 
 @dino_fast
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_and_restarts_change_nothing(method, folder, monkeypatch, workers):
-    main = SCRIPTS[method]
-    streamed(monkeypatch)
+    main = MAIN[method]
     options = functools.partial(tiny, "--workers", workers, data="photos", method=method)
+    main(options("--steps", 10, out="memory"))
+    monkeypatch.setattr(vit, "IN_MEMORY", 0)  # even this small folder is streamed
     main(options("--steps", 10, out="straight"))
     main(options("--steps", 5))
     main(options("--steps", 10))
     assert same(checkpoint("straight"), checkpoint()) == []
-    monkeypatch.setattr(vit, "load_images", vit.load_images.func)
-    main(options("--steps", 10, out="memory"))  # nor does it matter where the images lie
-    assert same(networks("memory"), networks()) == []
+    assert same(checkpoint("memory")["net"], checkpoint()["net"]) == []  # nor does it matter where the images are
 
 
 @dino_fast
 def test_kill_9_and_resume(method, npz):
-    """A run killed at a random moment, again and again, ends with the weights of one that was left alone."""
-    SCRIPTS[method](tiny("--steps", 24, out="straight", method=method))
-    argv, env = command(FILES[method], *tiny("--steps", 24, method=method))
-    for target in (6, 14):
-        process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """A run killed again and again ends with the weights of one that was left alone, and did resume in between."""
+    MAIN[method](tiny("--steps", 31, out="straight", method=method))
+    argv, resumed = command(SCRIPT[method], *tiny("--steps", 31, method=method), quick=True), 0
+    for target in (10, 20):
+        process = subprocess.Popen(
+            argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         deadline = time.time() + 90
         while time.time() < deadline and process.poll() is None:
             rows = losses() if os.path.exists("run/log.jsonl") else {}
@@ -112,24 +119,29 @@ def test_kill_9_and_resume(method, npz):
                 break
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        resumed += "resumes after step" in process.communicate()[0]
         assert process.returncode == -9
-    SCRIPTS[method](tiny("--steps", 24, method=method))
+    assert resumed == 1
+    MAIN[method](tiny("--steps", 31, method=method))
     assert same(checkpoint("straight"), checkpoint()) == []
 
 
 def nearly(a, b, name):
-    """Two runs agree as the design defines it: losses, encoder output and weights to 1e-5; the key bias is exempt."""
-    torch.testing.assert_close(
-        torch.tensor([*losses(a).values()]), torch.tensor([*losses(b).values()]), rtol=1e-5, atol=1e-5
-    )
+    """Two runs agree: losses, the encoder's output and weights to 1e-5.
+
+    After 20 steps of AdamW rounding moves weights by far less than that. The key part of the qkv bias is left out: its
+    true gradient is zero, and AdamW turns rounding into whole steps.
+    """
+    seen = sorted(losses(a).keys() & losses(b).keys())
+    assert len(seen) >= 3
+    torch.testing.assert_close(*(torch.tensor([losses(x)[s] for s in seen]) for x in (a, b)), rtol=1e-5, atol=1e-5)
     nets = [vit.load_encoder(f"{out}/last.pt", quiet=True)[0] for out in (a, b)]
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(nets[0](x), nets[1](x), rtol=1e-5, atol=1e-5)
-    a, b = tensors(networks(a)), tensors(networks(b))
+    a, b = tensors(checkpoint(a)["net"]), tensors(checkpoint(b)["net"])
     for k in a:
-        if k.endswith("qkv.bias"):  # its key part has a true gradient of zero: AdamW turns rounding into steps
+        if k.endswith("qkv.bias"):
             d = len(a[k]) // 3
             a[k][d : 2 * d] = b[k][d : 2 * d] = 0
         torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-5, msg=lambda m, k=k: f"{name} {k}: {m}")
@@ -138,18 +150,20 @@ def nearly(a, b, name):
 @everywhere
 def test_accumulation_is_the_whole_batch(method, npz):
     exact = [*EXACT, "--epochs", 5, *(["--norm", "layer"] if method == "siameseim" else [])]  # BatchNorm: of a forward
-    SCRIPTS[method](tiny(*exact, batch=16, out="whole", method=method))
-    SCRIPTS[method](tiny(*exact, "--accumulate", 4, batch=16, out="parts", method=method))
+    MAIN[method](tiny(*exact, batch=16, out="whole", method=method))
+    MAIN[method](tiny(*exact, "--accumulate", 4, batch=16, out="parts", method=method))
     assert len(losses("whole")) == 20
     nearly("whole", "parts", method)
 
 
-@scripts
+@pytest.mark.parametrize(
+    "method", ["dino", "mae", "siameseim", *(pytest.param(m, marks=pytest.mark.slow) for m in ("pcae", "hybrid"))]
+)
 def test_two_processes_are_one(method, npz):
-    SCRIPTS[method](tiny(*EXACT, "--epochs", 5, batch=16, out="one", method=method))
-    parts = 1 if method == "siameseim" else 2  # its BatchNorm is global over processes, not over micro-batches
+    MAIN[method](tiny(*EXACT, "--epochs", 5, batch=16, out="one", method=method))
+    parts = 1 if method == "siameseim" else 2  # its BatchNorm is over all processes, not over micro-batches
     options = tiny(*EXACT, "--epochs", 5, "--accumulate", parts, batch=16, out="two", method=method)
-    done = start(FILES[method], *options, processes=2)
+    done = start(SCRIPT[method], *options, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 processes" in done.stdout
     nearly("one", "two", method)
@@ -157,119 +171,162 @@ def test_two_processes_are_one(method, npz):
 
 @dino_fast
 def test_as_a_user_starts_it(method, npz):
-    done = start(FILES[method], *tiny("--steps", 3, method=method))
+    done = start(SCRIPT[method], *tiny("--steps", 3, method=method))
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r'"knn": [\d.]+', done.stdout.splitlines()[-1])
-    again = start(FILES[method], *tiny("--steps", 3, method=method))  # a finished run prints its result
+    again = start(SCRIPT[method], *tiny("--steps", 3, method=method))  # a finished run prints its result
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
 @dino_fast
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_leaves(method, npz, number):
-    argv, env = command(FILES[method], *tiny("--epochs", 500, "--knn-every", 500, method=method))
-    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    argv = command(SCRIPT[method], *tiny("--epochs", 500, method=method))
+    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not os.path.exists("run/log.jsonl") or not losses():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     process.send_signal(number)
     text = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number and "goes on from there" in text
+    assert process.returncode == 128 + number and "run the same command again to resume" in text
     step = checkpoint()["step"]
-    assert step >= 1 and f"stopped at step {step} " in text
+    assert step >= 1 and f"stopped at step {step} " in text and max(losses()) == step
 
 
+@linux
 @dino_fast
 def test_one_run_in_a_folder_and_a_killed_one_does_not_block_the_next(method, npz):
-    argv, env = command(FILES[method], *tiny("--epochs", 500, method=method))
-    process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    argv = command(SCRIPT[method], *tiny("--epochs", 500, method=method))
+    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not os.path.exists("run/log.jsonl"):
         assert process.poll() is None
         time.sleep(0.05)
-    second = start(FILES[method], *tiny("--epochs", 500, method=method))
+    second = start(SCRIPT[method], *tiny("--epochs", 500, method=method))
     assert second.returncode == 2 and "another run is writing to run" in second.stderr
     process.kill()
     process.wait()
-    assert start(FILES[method], *tiny("--epochs", 500, "--steps", 20, method=method)).returncode == 0
+    assert start(SCRIPT[method], *tiny("--epochs", 500, "--steps", 20, method=method)).returncode == 0
 
 
 @dino_fast
 def test_a_log_without_a_checkpoint_is_of_a_dead_run(method, npz):
     os.mkdir("run")
-    vit.Path("run/log.jsonl").write_text('{"args": {}}\n{"step": 7, "seconds": 1e9}\n{"st')
-    SCRIPTS[method](tiny("--steps", 2, method=method))
+    Path("run/log.jsonl").write_text('{"args": {}}\n{"step": 7, "seconds": 1e9}\n{"st')
+    MAIN[method](tiny("--steps", 2, method=method))
     assert log()[0]["args"]["batch"] == 8 and max(r.get("seconds", 0) for r in log()) < 1e6
 
 
 @dino_fast
 def test_steps_stop_early_and_change_no_schedule(method, npz):
-    SCRIPTS[method](tiny("--steps", 9, "--log-every", 1, out="short", method=method))
-    SCRIPTS[method](tiny("--log-every", 1, out="long", method=method))
+    MAIN[method](tiny("--steps", 9, out="short", method=method))
+    MAIN[method](tiny(out="long", method=method))
     rates = {out: {r["step"]: r["lr"] for r in log(out) if "lr" in r} for out in ("short", "long")}
     assert max(rates["short"]) == 9 and max(rates["long"]) == 32
     assert all(rates["long"][s] == lr for s, lr in rates["short"].items())
 
 
-@scripts
-def test_the_log_has_what_the_design_promises(method, npz):
-    SCRIPTS[method](tiny("--log-every", 2, method=method))
+@everywhere
+def test_the_log_has_what_the_design_promises(method, npz, monkeypatch):
+    here = os.getcwd()
+    monkeypatch.undo()  # logging as users have it
+    os.chdir(here)
+    monkeypatch.setattr(vit.Run, "minute", 0)
+    MAIN[method](tiny(method=method))
     rows = log()
     assert rows[0].keys() == {"args", "images"} and rows[0]["args"]["batch"] == 8 and rows[0]["images"] == 64
-    assert rows[2].keys() == {"knn_pixels", "knn_untrained"}  # after the first step
+    assert rows[1].keys() == {"knn_pixels", "knn_untrained"}
     wanted = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "memory_mib", "skipped", "seconds"}
     assert all(wanted <= r.keys() for r in rows[1:] if "loss" in r)
-    assert [r["step"] for r in rows if "loss" in r] == [1, *range(2, 33, 2)]
-    assert all(0 <= r["data_wait"] < 1 and r["memory_mib"] > 50 for r in rows[1:] if "loss" in r)
+    assert [r["step"] for r in rows if "loss" in r] == [1, 10, 20, 30, 32]
+    assert all(0 <= r["data_wait"] < 1 and r["memory_mib"] > 0 for r in rows[1:] if "loss" in r)
     assert [r["epoch"] for r in rows if "knn" in r] == [1, 2, 3, 4]
 
 
-@scripts
+@everywhere
 def test_same_seed_same_run_and_another_seed_another(method, npz):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        SCRIPTS[method](tiny("--steps", 5, "--seed", seed, "--log-every", 1, out=out, method=method))
+        MAIN[method](tiny("--steps", 5, "--seed", seed, out=out, method=method))
     assert losses("a") == losses("b") != losses("c")
 
 
-@scripts
+@everywhere
 def test_init_from_a_run_and_from_an_encoder(method, npz):
-    SCRIPTS[method](tiny("--steps", 8, out="first", method=method))
-    SCRIPTS[method](tiny("--steps", 1, "--lr", 0, "--init", "first/last.pt", out="second", method=method))
-    a, b = checkpoint("first"), checkpoint("second")
-    for part in {"student", "net"} & a.keys():  # a teacher starts again as the student
-        old, new = tensors(a[part]), tensors(b[part])
-        assert all(torch.equal(old[k], new[k]) for k in old if not k.startswith(("/teacher", "/target")))
-    torch.save({k: a[k] for k in ("encoder", "config")}, "bare.pt")  # as the files in weights/ are
-    SCRIPTS[method](tiny("--steps", 1, "--lr", 0, "--init", "bare.pt", out="third", method=method))
-    assert same(a["encoder"], checkpoint("third")["encoder"]) == []
-    other = [
-        "--img-size",
-        24,
-        "--init",
-        "first/last.pt",
-    ]  # positions are interpolated, so the rest starts anew: all of it
-    SCRIPTS[method](tiny("--steps", 1, "--lr", 0, *other, out="fourth", method=method))
-    if "center" in a:
-        assert checkpoint("fourth")["center"].norm() < 0.5 * a["center"].norm()
+    MAIN[method](tiny("--steps", 8, out="first", method=method))
+    first = checkpoint("first")
+    torch.save({k: first[k] for k in ("encoder", "config")}, "bare.pt")  # as the files in weights/ are
+    for i, file in enumerate(("first/last.pt", "bare.pt")):
+        MAIN[method](tiny("--steps", 1, "--lr", 0, "--init", file, out=f"again{i}", method=method))
+        assert same(first["encoder"], checkpoint(f"again{i}")["encoder"]) == []  # a first step has a rate of 0
+    MAIN[method](tiny("--steps", 1, "--img-size", 24, "--init", "bare.pt", out="larger", method=method))
+    assert checkpoint("larger")["encoder"]["pos_embed"].shape[1] == 37  # interpolated
 
 
 @pytest.mark.slow
-@scripts
+@everywhere
 def test_compile_on_a_cpu(method, npz):
-    SCRIPTS[method](tiny("--steps", 2, "--precision", "fp32", "--log-every", 1, out="eager", method=method))
-    SCRIPTS[method](
-        tiny("--steps", 2, "--precision", "fp32", "--log-every", 1, "--compile", out="fused", method=method)
-    )
+    exact = ["--steps", 2, "--precision", "fp32"]
+    MAIN[method](tiny(*exact, out="eager", method=method))
+    MAIN[method](tiny(*exact, "--compile", out="fused", method=method))
     assert [*losses("fused").values()] == pytest.approx([*losses("eager").values()], rel=1e-3)
-    assert tensors(networks("fused")).keys() == tensors(networks("eager")).keys()  # no _orig_mod.
+    assert tensors(checkpoint("fused")["net"]).keys() == tensors(checkpoint("eager")["net"]).keys()  # no _orig_mod.
 
 
-@scripts
+@everywhere
 def test_fp16_with_its_scaler(method, npz):
-    SCRIPTS[method](tiny("--steps", 3, "--precision", "fp16", "--log-every", 1, method=method))
-    assert checkpoint()["update"]["scaler"]["scale"] > 0
+    MAIN[method](tiny("--steps", 3, "--precision", "fp16", method=method))
+    assert checkpoint()["scaler"]["scale"] > 0
 
 
-# Wrong input: one line that names the thing and the mend, and exit code 2 -------------------------------------------
+def test_saves_rest_a_minute_and_fifty_times_their_duration():
+    run, now = object.__new__(vit.Run), time.perf_counter()
+    run.rank, run.stop, run.leave, run.steps_per_epoch, run.minute, run.saving = 0, 1000, 0, 10, 60, 0.1
+    due = lambda ago, step: (setattr(run, "saved", now - ago), run.save_due(step))[1]
+    assert due(70, 9) and not due(70, 10) and not due(50, 9) and due(400, 10)  # an epoch's end, or five minutes
+    assert due(0, 999)  # the end
+    run.saving = 10
+    assert not due(400, 9) and due(600, 9)
+    run.leave = signal.SIGINT
+    assert due(0, 5)
+    run.rank = 1
+    assert not due(0, 999)
+
+
+class Mine:
+    """A data set of a user's own: any sequence of images, uint8 (C, height, width)."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return torch.full((3, 20, 24), i, dtype=torch.uint8)
+
+
+@everywhere
+def test_a_data_set_of_ones_own(method):
+    train = vit.Images(Mine(), torch.arange(40) % 4, "abcd")
+    result = MAIN[method](
+        tiny("--steps", 2, "--img-size", 16, data="mine", method=method), images=(train, train.subset(9))
+    )
+    assert result["step"] == 2 and "knn" in result
+
+
+def test_a_backbone_of_ones_own(npz, monkeypatch):
+    import dino
+
+    class Mine(dino.ViT):
+        def __init__(self, **shape):
+            super().__init__(**shape)
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def embed(self, imgs, visible=None):
+            return self.scale * super().embed(imgs, visible)
+
+    monkeypatch.setattr(dino, "ViT", Mine)
+    dino.main(tiny("--steps", 12))
+    assert checkpoint()["net"]["student.vit.scale"] != 1
+
+
+# Wrong input: one line that says what is wrong and what to do, and exit code 2 ---------------------------------------
 
 
 @dino_fast
@@ -279,68 +336,68 @@ def test_fp16_with_its_scaler(method, npz):
         (["--data", "nowhere"], "--data nowhere"),
         (["--data", "."], "no images in"),
         (["--patch", "5", "--img-size", "16"], "not a multiple of --patch 5"),
-        (["--batch", "9", "--accumulate", "2"], "--batch 9 cannot be shared"),
+        (["--batch", "9", "--accumulate", "2"], "--batch 9 of 64 images cannot be shared"),
         (["--batch", "0"], "argument --batch: must be 1 or more"),
-        (["--device", "cuda"], "--device cuda: not on this machine"),
+        (["--drop-path", "2"], "argument --drop-path: must be between 0 and 1"),
+        (["--size", "foo"], "argument --size: invalid choice: 'foo'"),
+        (["--device", "tpu"], "--device tpu: not on this machine"),
         (["--init", "nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["--init", "text.pt"], "text.pt is not a readable checkpoint"),
         (["--init", "code.pt"], "it wants to run"),
-        (["--init", "wide.pt"], "another shape: dim 64 (here 32)"),
+        (["--init", "wide.pt"], "another shape: dim 64, not 32"),
         (["--out", "tiny.npz/run"], "cannot be written"),
     ],
 )
 def test_wrong_input(method, npz, capsys, options, words):
-    if "cuda" in options and torch.cuda.is_available():
-        options, words = ["--device", "mps"], "--device mps: not on this machine"
-    (vit.Path("text.pt")).write_text("not a checkpoint")
+    Path("text.pt").write_text("not a checkpoint")
     torch.save(vit.ViT(16, 4, dim=64, depth=2, heads=2).state_dict(), "wide.pt")
     torch.save({"model": functools.partial(print, "hello")}, "code.pt")
-    line = fails(SCRIPTS[method], tiny(*options, method=method), capsys)
+    line = fails(MAIN[method], tiny(*options, method=method), capsys)
     assert words in line and line.count("error:") == 1
 
 
 @dino_fast
 def test_options_that_differ_from_the_run_in_the_folder(method, npz, capsys):
-    SCRIPTS[method](tiny("--steps", 2, method=method))
-    line = fails(SCRIPTS[method], tiny("--steps", 2, "--lr", 0.5, method=method), capsys)
+    MAIN[method](tiny("--steps", 2, method=method))
+    line = fails(MAIN[method], tiny("--steps", 2, "--lr", 0.5, method=method), capsys)
     assert "--lr" in line and "(now 0.5)" in line and "--init run/last.pt" in line
-    SCRIPTS[method](tiny("--steps", 3, "--workers", 1, method=method))  # these may change
+    MAIN[method](tiny("--steps", 3, "--workers", 1, method=method))  # these may change
 
 
 @dino_fast
-@pytest.mark.parametrize("damage", ["cut", "text", "foreign", "code"])
+@pytest.mark.parametrize("damage", ["cut", "text", "foreign", "code", "version 0.1"])
 def test_damaged_last_pt(method, npz, capsys, damage):
-    SCRIPTS[method](tiny("--steps", 2, method=method))
-    file = vit.Path("run/last.pt")
+    MAIN[method](tiny("--steps", 2, method=method))
+    file = Path("run/last.pt")
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:5000])
     elif damage == "text":
         file.write_text("hello")
-    elif damage == "foreign":
-        torch.save({"model": {}}, file)
-    else:
+    elif damage == "code":
         torch.save({"options": os.system}, file)
-    assert "last.pt is not a" in fails(SCRIPTS[method], tiny("--steps", 4, method=method), capsys)
+    else:
+        torch.save({"model": {}} if damage == "foreign" else {"options": {}, "net": {}, "update": {}, "step": 3}, file)
+    assert "last.pt is not a" in fails(MAIN[method], tiny("--steps", 4, method=method), capsys)
 
 
 @dino_fast
 def test_full_disk_keeps_the_old_checkpoint(method, npz, capsys, monkeypatch):
-    SCRIPTS[method](tiny("--steps", 2, method=method))
-    before = vit.Path("run/last.pt").read_bytes()
+    MAIN[method](tiny("--steps", 2, method=method))
+    before = Path("run/last.pt").read_bytes()
 
     def full(state, f):
         f.write(b"half a checkpoint")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    line = fails(SCRIPTS[method], tiny("--steps", 4, method=method), capsys)
+    line = fails(MAIN[method], tiny("--steps", 4, method=method), capsys)
     assert "No space left on device" in line and "untouched" in line
-    assert vit.Path("run/last.pt").read_bytes() == before and not vit.Path("run/last.pt.part").exists()
+    assert Path("run/last.pt").read_bytes() == before and not Path("run/last.pt.part").exists()
 
 
 @dino_fast
-def test_mends_with_a_warning(method, npz, capsys):
-    SCRIPTS[method](tiny("--epochs", 2, "--warmup", 5, batch=512, method=method))
+def test_shrinks_batch_and_warm_up_with_a_warning(method, npz, capsys):
+    MAIN[method](tiny("--epochs", 2, "--warmup", 5, batch=512, method=method))
     err = capsys.readouterr().err
     assert "only 64 images: --batch 64" in err and "--warmup 2" in err
     assert log()[0]["args"]["batch"] == 64 and checkpoint()["step"] == 2
@@ -353,51 +410,37 @@ def test_ten_loose_pictures_without_labels(method, capsys):
     os.makedirs("mine/2024/été")
     for i, img in enumerate(pictures(10)[0]):
         Image.fromarray(img).save(f"mine/{i}.png" if i < 5 else f"mine/2024/été/{i}.jpg")
-    vit.Path("mine/9.png").write_bytes(b"\x89PNG broken")
-    result = SCRIPTS[method](tiny("--epochs", 1, data="mine", batch=512, method=method))
+    Path("mine/9.png").write_bytes(b"\x89PNG broken")
+    result = MAIN[method](tiny("--epochs", 1, data="mine", batch=512, method=method))
     out, err = capsys.readouterr()
     assert "no labels" in out and "knn" not in result and "skipped 1 unreadable images of 11: mine/9.png" in err
 
 
 @dino_fast
 def test_streamed_data_skips_broken_files_too(method, folder, monkeypatch):
-    streamed(monkeypatch)
-    vit.Path("photos/train/class0/000.png").write_bytes(b"broken")
+    monkeypatch.setattr(vit, "IN_MEMORY", 0)
+    Path("photos/train/class0/000.png").write_bytes(b"broken")
     with pytest.warns(UserWarning, match="unreadable image: .*000.png"):
-        SCRIPTS[method](tiny("--epochs", 1, "--workers", 0, data="photos", method=method))
+        MAIN[method](tiny("--epochs", 1, "--workers", 0, data="photos", method=method))
 
 
-@scripts
+@everywhere
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channels_and_non_square_input(method, channels):
-    import numpy as np
-
     x = np.random.default_rng(0).integers(0, 256, (40, 16, 16, channels), dtype=np.uint8)
     np.savez("bands.npz", images=x)
-    SCRIPTS[method](tiny("--steps", 2, "--img-size", 16, 8, data="bands.npz", method=method))
+    MAIN[method](tiny("--steps", 2, "--img-size", 16, 8, data="bands.npz", method=method))
     net, config = vit.load_encoder("run/last.pt", quiet=True)
     assert net(torch.randn(1, channels, 16, 8)).shape == (1, 9, 32) and len(config["mean"]) == channels
 
 
-@scripts
-@pytest.mark.parametrize("preset", ["demo", "32", "96", "224"])
+@everywhere
+@pytest.mark.parametrize("preset", vit.PRESETS)
 def test_every_preset_takes_two_steps(method, npz, preset):
     """With the preset's crops, temperatures and head; a smaller network, image and batch."""
-    options = [
-        "--data",
-        npz,
-        "--out",
-        "run",
-        "--preset",
-        preset,
-        "--size",
-        "test",
-        "--batch",
-        8,
-        "--steps",
-        2,
-        "--device",
-        "cpu",
-    ]
-    options += ["--img-size", 32, "--patch", 8] + (["--prototypes", 64, "--local-size", 16] if method == "dino" else [])
-    assert SCRIPTS[method]([*map(str, options)])["step"] == 2
+    options = (
+        f"--data {npz} --out run --preset {preset} --size test --batch 8 --steps 2 --img-size 32 --patch 8".split()
+    )
+    options += ["--device", DEVICE, *(["--method", "pcae"] if method == "pcae" else [])]
+    heads = ["--prototypes", "64", "--local-size", "16", "--hidden", "64"]
+    assert MAIN[method]([*options, *(heads if method in ("dino", "hybrid") else [])])["step"] == 2

@@ -4,23 +4,14 @@ import math
 
 import pytest
 import torch
-from conftest import checkpoint, fails, log, tensors, tiny
+from conftest import fails, log, network, step_once, tiny
 from PIL import Image
 from torch import nn
 
 import siameseim
+import vit
 
 close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def net_and_args(*options):
-    args = siameseim.get_args(tiny(*options, method="siameseim"))
-    args.loss_fn, args.alter = siameseim.ablated(args)
-    torch.manual_seed(0)
-    net = siameseim.SiameseIM(siameseim.shape_of(args, 3), args)
-    for p in net.parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    return net, args
 
 
 @pytest.mark.parametrize("order", [siameseim.block_order, siameseim.random_order])
@@ -65,10 +56,10 @@ def test_the_right_half_of_a_view():
 def test_positions_agree_with_the_crops():
     """Crops of a picture whose pixels are their own coordinates: patch k of b shows what `places` says of a."""
     g = torch.Generator().manual_seed(0)
-    box, flip = siameseim.draw_boxes((20, 2), 64, (0.3, 1.0), 1.0, g), torch.rand((20, 2), generator=g) < 0.5
+    box, flip = vit.sample_boxes((20, 2), 64, (0.3, 1.0), 1.0, g), torch.rand((20, 2), generator=g) < 0.5
     ramp = (torch.arange(64) + 0.5) / 64
     image = torch.stack([ramp[:, None].expand(64, 64), ramp.expand(64, 64)]).expand(20, -1, -1, -1)
-    views = siameseim.crop_resize(image, box, flip, (64, 64)).unflatten(0, (2, 20))
+    views = vit.crop_resize(image, box, flip, (64, 64)).unflatten(0, (2, 20))
     a, b = (v.unflatten(2, (8, 8)).unflatten(4, (8, 8)).mean((3, 5)) for v in views)  # means of 8 x 8 patches
     rows, columns, *_ = siameseim.places(box, flip, 64, (8, 8))
     for coordinate, place in ((0, rows.view(-1, 8, 8)[:, :, 0]), (1, columns.view(-1, 8, 8)[:, 0])):
@@ -100,8 +91,8 @@ def test_batch_norm_over_tokens():
 
 
 def test_what_learns_and_what_does_not(npz):
-    net, args = net_and_args()
-    x, draws = torch.randn(4, 3, 16, 16), siameseim.draw_pairs(args, 0)
+    net, args = network(method="siameseim")
+    x, draws = torch.randn(4, 3, 16, 16), siameseim.sample_step(args, 0, 16)
     draws = {k: v[:4] for k, v in draws.items()}
     z = net.targets(x)
     close(z.mean(-1), torch.zeros(4, 16))
@@ -113,55 +104,48 @@ def test_what_learns_and_what_does_not(npz):
     assert net.online.vit.patch_embed["proj"].weight.grad is None
     learn = [n for n, p in net.named_parameters() if p.requires_grad]
     assert all(dict(net.named_parameters())[n].grad is not None for n in learn)
-    assert net_and_args("--train-patch-embed")[0].online.vit.patch_embed["proj"].weight.requires_grad
+    assert network("--train-patch-embed", method="siameseim")[0].online.vit.patch_embed["proj"].weight.requires_grad
 
 
 def test_what_is_hidden_comes_first_in_the_order(npz, monkeypatch):
-    args = net_and_args()[1]
+    args = network(method="siameseim")[1]
     monkeypatch.setattr(siameseim, "block_order", lambda batch, grid, *_: torch.arange(16).expand(batch, 16))
-    assert siameseim.draw_pairs(args, 0)["visible"][0].tolist() == [10, 11, 12, 13, 14, 15]
+    assert siameseim.sample_step(args, 0, 16)["visible"][0].tolist() == [10, 11, 12, 13, 14, 15]
 
 
 def test_the_correlation_is_that_of_all_processes(npz, monkeypatch):
-    """By what stands for the other processes here: if it gives back 0, the second term of the loss is 0."""
-    net, args = net_and_args("--precision", "fp32")
+    """By what stands for the other processes here: if it gives back 0, the uniformity term of the loss is 0."""
     imgs = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-    mean, std, cpu = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.3), torch.device("cpu")
-
-    def second_term():
-        draws = siameseim.draw_pairs(args, 0)
-        return siameseim.train_step(net, siameseim.Update([net], cpu, "fp32"), imgs, draws, args, 0.9, mean, std)[1]
-
-    assert second_term() > 0.01
+    uniformity = lambda: step_once(*network(method="siameseim"), imgs)[1]
+    assert uniformity() > 0.01
     monkeypatch.setattr(siameseim, "mean_over_processes", torch.zeros_like)
-    assert second_term() == 0
-
-
-def test_target_follows_the_online_network(npz):
-    siameseim.main(tiny("--steps", 3, "--lr", 0.5, "--momentum", 0.5, method="siameseim"))
-    net = tensors(checkpoint()["net"])
-    pairs = [(net[k], net[k.replace("/online", "/target")]) for k in net if k.startswith("/online")]
-    assert any(not torch.equal(a, b) for a, b in pairs) and all(a.shape == b.shape for a, b in pairs)
+    assert uniformity() == 0
 
 
 @pytest.mark.parametrize("name", siameseim.ABLATIONS)
-def test_ablations_change_what_they_say(npz, name):
-    net, args = net_and_args("--ablate", name, "--color", 1)
-    draws = siameseim.draw_pairs(args, 0)
-    changed = args.alter(draws)
-    same = torch.equal(changed["box"][:, 0], changed["box"][:, 1]) and torch.equal(*changed["flip"].unbind(1))
-    assert same == (name == "same-view") and torch.equal(changed["sigma"], draws["sigma"])
+def test_ablations_change_what_they_say(npz, name, monkeypatch):
+    net, args = network("--ablate", name, "--color", 1, method="siameseim")
+    vars(args).update(siameseim.ABLATIONS[name])
+    draws = siameseim.sample_step(args, 0, 16)
+    same = torch.equal(draws["box"][:, 0], draws["box"][:, 1]) and torch.equal(*draws["flip"].unbind(1))
+    assert same == (name == "same-view") and not torch.equal(*draws["brightness"].unbind(1)) or name == "no-color"
     assert (draws["sigma"].any() or draws["solarize"].any() or (draws["hue"] != 0).any()) == (name != "no-color")
-    assert (args.neg_weight == 0) == (name == "no-uniformity")
-    y, z = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
-    dense = siameseim.siameseim_loss(y, z, siameseim.correlation(z), args.neg_weight)[0]
-    assert torch.equal(args.loss_fn(y, z, siameseim.correlation(z), args.neg_weight)[0], dense) == (name != "global")
+    assert (net.neg_weight == 0) == (name == "no-uniformity")
+    asked, real = [], siameseim.global_loss
+    monkeypatch.setattr(siameseim, "global_loss", lambda *a: asked.append(1) or real(*a))
     siameseim.main(tiny("--steps", 2, "--ablate", name, method="siameseim"))
-    assert log()[0]["args"]["ablate"] == name
+    assert log()[0]["args"]["ablate"] == name and len(asked) == 2 * (name == "global")
+
+
+def test_the_global_loss_compares_one_vector_per_image():
+    y, z = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
+    means = torch.nn.functional.layer_norm(z.mean(1), (8,))
+    expected = siameseim.siameseim_loss(y.mean(1), means, means.T @ means / 3, 0.1)[0]
+    close(siameseim.global_loss(y, z, None, 0.1)[0], expected)
 
 
 def test_the_loss_falls(npz):
-    siameseim.main(tiny("--lr", 0.05, "--epochs", 20, "--neg-weight", 0.24, "--log-every", 8, method="siameseim"))
+    siameseim.main(tiny("--lr", 0.05, "--epochs", 20, "--neg-weight", 0.24, method="siameseim"))
     values = [r["loss"] for r in log() if "loss" in r]
     assert values[-1] < values[0] - 0.1 and math.isfinite(values[-1])
 
@@ -178,21 +162,6 @@ def test_a_collapse_is_named(npz, capsys, monkeypatch):
     assert "COLLAPSED" in capsys.readouterr().out
 
 
-def test_a_step_on_a_gpu_mixes_no_devices(npz):
-    """Fake tensors know their device but hold no numbers: no GPU is needed to find one that was left on the CPU."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    net, _ = net_and_args()
-    mode, params = FakeTensorMode(), {name: p.detach() for name, p in net.named_parameters()}
-    params = {name: mode.from_tensor(p) for name, p in params.items()}
-    with mode:
-        params = {name: p.to("cuda") for name, p in params.items()}
-        imgs, flip = torch.zeros(4, 3, 16, 16, device="cuda"), torch.zeros(4, 2, dtype=torch.bool, device="cuda")
-        visible, box = torch.zeros(4, 6, dtype=torch.long, device="cuda"), torch.ones(4, 2, 4, device="cuda")
-        y = torch.func.functional_call(net, params, (imgs, visible, box, flip, 16))
-        assert y.device.type == siameseim.correlation(y).device.type == "cuda"
-
-
-@pytest.mark.parametrize("ratio,words", [(1, "leaves none of 16 patches"), (-1, "leaves none of 16 patches")])
+@pytest.mark.parametrize("ratio,words", [(1, "leaves none of 16 patches"), (-1, "must be between 0 and 1")])
 def test_mask_ratios_out_of_range(npz, capsys, ratio, words):
     assert words in fails(siameseim.main, tiny("--mask-ratio", ratio, method="siameseim"), capsys)

@@ -6,6 +6,7 @@ import torchvision.transforms.v2.functional as T
 from torchvision.transforms import InterpolationMode
 
 import dino
+import vit
 
 
 def images(n=6, side=24, seed=0):
@@ -17,7 +18,7 @@ def images(n=6, side=24, seed=0):
 def test_crop_resize(size, flip):
     imgs = images()
     box = torch.tensor([[2, 3, 10, 14], [0, 0, 24, 24], [5, 1, 19, 4], [20, 20, 4, 4], [0, 9, 1, 2], [3, 3, 12, 12]])
-    ours = dino.crop_resize(imgs, box[:, None].float(), torch.full((6, 1), flip), size)
+    ours = vit.crop_resize(imgs, box[:, None].float(), torch.full((6, 1), flip), size)
     for i, (y, x, h, w) in enumerate(box.tolist()):
         theirs = T.resized_crop(imgs[i], y, x, h, w, list(size), InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
         torch.testing.assert_close(ours[i], T.horizontal_flip(theirs) if flip else theirs, rtol=0, atol=1e-4)
@@ -25,9 +26,9 @@ def test_crop_resize(size, flip):
 
 def test_crop_resize_orders_views_before_images():
     imgs, box = images(2), torch.tensor([[0, 0, 8, 8], [4, 6, 12, 10], [9, 9, 15, 15]]).float()
-    ours = dino.crop_resize(imgs, box.expand(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool), (8, 8)).unflatten(0, (3, 2))
+    ours = vit.crop_resize(imgs, box.expand(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool), (8, 8)).unflatten(0, (3, 2))
     for v in range(3):
-        alone = dino.crop_resize(imgs, box[v].expand(2, 1, 4), torch.zeros(2, 1, dtype=torch.bool), (8, 8))
+        alone = vit.crop_resize(imgs, box[v].expand(2, 1, 4), torch.zeros(2, 1, dtype=torch.bool), (8, 8))
         torch.testing.assert_close(ours[v], alone, rtol=0, atol=1e-6)
 
 
@@ -43,19 +44,19 @@ def test_color_operations(name):
     if name == "brightness":
         ours, theirs = (x * f).clamp(0, 1), each(T.adjust_brightness, x, factor)
     elif name == "contrast":
-        ours, theirs = dino.blend(x, dino.gray(x).mean((2, 3), keepdim=True), f), each(T.adjust_contrast, x, factor)
+        ours, theirs = vit.blend(x, vit.gray(x).mean((2, 3), keepdim=True), f), each(T.adjust_contrast, x, factor)
     elif name == "saturation":
-        ours, theirs = dino.blend(x, dino.gray(x), f), each(T.adjust_saturation, x, factor)
+        ours, theirs = vit.blend(x, vit.gray(x), f), each(T.adjust_saturation, x, factor)
     elif name == "hue":
-        ours, theirs = dino.shift_hue(x, shift.view(-1, 1, 1, 1)), each(T.adjust_hue, x, shift)
+        ours, theirs = vit.shift_hue(x, shift.view(-1, 1, 1, 1)), each(T.adjust_hue, x, shift)
     elif name == "gray":
-        ours, theirs = dino.blend(x, dino.gray(x), torch.zeros(6, 1, 1, 1)), T.rgb_to_grayscale(x, 3)
+        ours, theirs = vit.blend(x, vit.gray(x), torch.zeros(6, 1, 1, 1)), T.rgb_to_grayscale(x, 3)
     elif name == "solarize":
         ours, theirs = torch.where(x >= 0.5, 1 - x, x), T.solarize(x, 0.5)
     else:
         sigma = torch.tensor([0.1, 0.4, 0.9, 1.3, 1.7, 2.0])
         ours, theirs = (
-            dino.gaussian_blur(x, sigma, 6),
+            vit.gaussian_blur(x, sigma, 6),
             each(lambda i, s: T.gaussian_blur(i, [13, 13], [s, s]), x, sigma),
         )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
@@ -64,17 +65,17 @@ def test_color_operations(name):
 def test_hue_of_grey_and_pure_colours():
     x = torch.tensor([[0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]]).view(6, 3, 1, 1)
     shift = torch.full((6, 1, 1, 1), 1 / 3)
-    torch.testing.assert_close(dino.shift_hue(x, shift), each(T.adjust_hue, x, shift.flatten()), rtol=0, atol=1e-4)
+    torch.testing.assert_close(vit.shift_hue(x, shift), each(T.adjust_hue, x, shift.flatten()), rtol=0, atol=1e-4)
 
 
 def test_no_blur_is_exact():
     x = images()
-    torch.testing.assert_close(dino.gaussian_blur(x, torch.zeros(6), 6), x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(vit.gaussian_blur(x, torch.zeros(6), 6), x, rtol=0, atol=1e-6)
 
 
 def test_boxes_follow_random_resized_crop():
     g = torch.Generator().manual_seed(0)
-    y, x, h, w = dino.draw_boxes((4000, 2), 32, (0.2, 0.6), 1.0, g).unbind(-1)
+    y, x, h, w = vit.sample_boxes((4000, 2), 32, (0.2, 0.6), 1.0, g).unbind(-1)
     assert (y >= 0).all() and (x >= 0).all() and (y + h <= 32).all() and (x + w <= 32).all()
     area, ratio = h * w / 32**2, w / h
     assert area.min() > 0.17 and area.max() < 0.65 and abs(area.mean() - 0.4) < 0.01
@@ -83,12 +84,12 @@ def test_boxes_follow_random_resized_crop():
 
 
 def test_box_that_never_fits_is_the_whole_image():
-    box = dino.draw_boxes((50, 1), 8, (3.0, 4.0), 1.0, torch.Generator().manual_seed(0))
+    box = vit.sample_boxes((50, 1), 8, (3.0, 4.0), 1.0, torch.Generator().manual_seed(0))
     assert (box == torch.tensor([0.0, 0.0, 8.0, 8.0])).all()
 
 
 def draws(color, n=4000):
-    return dino.draw_views(
+    return dino.sample_views(
         n, 2, 32, (32, 32), (0.4, 1), [1.0, 0.1], [0.0, 0.2], color, torch.Generator().manual_seed(1)
     )
 
@@ -97,7 +98,7 @@ def test_draws_are_the_published_augmentation():
     d = draws(1.0)
     share = lambda t: t.float().mean(0).tolist()
     assert share(d["flip"]) == pytest.approx([0.5, 0.5], abs=0.03)
-    assert share(d["gray"] == 0) == pytest.approx([0.2, 0.2], abs=0.03)
+    assert share(d["keep_color"] == 0) == pytest.approx([0.2, 0.2], abs=0.03)
     assert share(d["sigma"] > 0) == pytest.approx([1.0, 0.1], abs=0.02)
     assert share(d["solarize"]) == pytest.approx([0.0, 0.2], abs=0.02)
     for name, low, high in (
@@ -115,7 +116,7 @@ def test_draws_are_the_published_augmentation():
 def test_color_0_leaves_colours_alone():
     d, imgs = draws(0.0, 6), (images(side=32) * 255).byte()
     d["sigma"].zero_()
-    plain = dino.crop_resize(imgs.float() / 255, d["box"], d["flip"], (24, 24))
+    plain = vit.crop_resize(imgs.float() / 255, d["box"], d["flip"], (24, 24))
     torch.testing.assert_close(dino.augment(imgs, d, (24, 24), 0.1, 0.0, 1.0), plain, rtol=0, atol=1e-5)
 
 
@@ -126,13 +127,22 @@ def test_other_channel_counts(channels):
     assert out.shape == (12, channels, 16, 16) and out.isfinite().all()
 
 
-def test_draws_do_not_depend_on_who_asks():
-    g = lambda: dino.seeded(3, 17)
-    whole = dino.draw_views(8, 2, 32, (32, 32), (0.4, 1), [1.0, 0.1], [0.0, 0.2], 1.0, g())
-    first, second = (dino.my_rows(whole, rank, 2, "cpu") for rank in (0, 1))
+def as_rank(monkeypatch, world):
+    """Each rank of so many processes in turn, as far as `processes` tells."""
+    for rank in range(world):
+        monkeypatch.setattr(vit, "processes", lambda rank=rank: (rank, world))
+        yield rank
+
+
+def test_draws_do_not_depend_on_who_asks(monkeypatch):
+    g = lambda: vit.seeded(3, 17)
+    whole = dino.sample_views(8, 2, 32, (32, 32), (0.4, 1), [1.0, 0.1], [0.0, 0.2], 1.0, g())
+    first, second = (vit.my_rows(whole, "cpu") for _ in as_rank(monkeypatch, 2))
     for k, v in whole.items():
         assert torch.equal(torch.cat([first[k], second[k]]), v)
-    batches = [list(dino.batches(20, 8, 0, 5, 3, rank, world)) for world in (1, 2) for rank in range(world)]
+    batches = [list(vit.batches(20, 8, 0, 5, 3)) for world in (1, 2) for _ in as_rank(monkeypatch, world)]
     assert [a[0] + b[0] for a, b in zip(batches[1], batches[2], strict=True)] == [x[0] for x in batches[0]]
-    assert list(dino.batches(20, 8, 3, 5, 3, 0, 1)) == batches[0][3:]  # a restart in the middle of an epoch
+    assert list(vit.batches(20, 8, 0, 5, 3, whole=True)) == batches[0]
+    monkeypatch.undo()
+    assert list(vit.batches(20, 8, 3, 5, 3)) == batches[0][3:]  # a restart in the middle of an epoch
     assert len({*batches[0][0][0], *batches[0][1][0]}) == 16  # an epoch repeats no image

@@ -1,0 +1,81 @@
+"""Pictures of your own image files from any checkpoint: where attention goes, and what a decoder reconstructs.
+
+    python draw.py runs/dino-demo/last.pt cat.jpg dog.png            # writes attention-cat.png, attention-dog.png here
+    python draw.py runs/mae-demo/last.pt cat.jpg --out pictures      # and reconstruction-cat.png: it has a decoder
+    python draw.py dino_deitsmall16_pretrain.pth cat.jpg             # the authors' weights
+
+attention: for each head, where the CLS token attends in the last block, then the 60 % of it with the largest values.
+reconstruction: of MAE and the hybrid, what is visible, what the network makes of it, the image. Of PCAE, tokens: the
+image, what the student and the teacher see, and the tokens left after each stage.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+import dino
+import hybrid
+import mae_pcae
+
+# isort: off
+from vit import InputError  # 1 network
+from vit import decode, prepare, reading, resize_side, square  # 2 images
+from vit import load_checkpoint, load_encoder  # 6 checkpoints
+from vit import DEVICE, cli, launch, options, shape_of  # 7 runs
+
+OPTIONS = dict(
+    checkpoint=(None, "last.pt of a run, a file of weights/, the authors' or timm's", dict(flag="checkpoint")),
+    files=(None, "image files", dict(flag="files", nargs="+")),
+    out=(".", "folder for the pictures"),
+    heads=(None, "attention heads, for files of others, which do not tell", dict(type=int)),
+    device=DEVICE,
+)
+NETWORKS = dict(mae=mae_pcae.MAE, pcae=mae_pcae.PCAE, hybrid=hybrid.Hybrid)  # these have a decoder
+
+
+def load_network(file, config, device):
+    """The whole network of a run with a decoder, or None: other methods, and files with an encoder alone."""
+    state = load_checkpoint(file)
+    if config.get("method") not in NETWORKS or "net" not in state:
+        return None
+    with reading(file, "run"):
+        args = Namespace(**state["options"])
+        net = NETWORKS[args.method](shape_of(args, config["in_chans"]), args, config["mean"], config["std"])
+        net.load_state_dict(state["net"])
+    net = net.to(device).eval()
+    return net.mae if args.method == "hybrid" else net
+
+
+def read_square(file, config):
+    """The middle square of an image file, for a network of 3 channels or 1: uint8 (1, C, S, S)."""
+    img = square(decode(file, resize_side(config["img_size"])))[None]
+    if config["in_chans"] not in (1, 3):
+        raise InputError(f"{file} is an image of 3 channels, but the network takes {config['in_chans']}")
+    return img if config["in_chans"] == 3 else img.float().mean(dim=1, keepdim=True).round().byte()
+
+
+@cli
+def main(argv=None):
+    args = options(__doc__, OPTIONS, argv, precision="fp32")
+    device = launch(args)
+    vit, config = load_encoder(args.checkpoint, args.heads)
+    vit, net = vit.to(device), load_network(args.checkpoint, config, device)
+    mean, std = (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
+    with reading(args.out, "folder to write to"):
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in args.files:
+        x = prepare(read_square(name, config).to(device), config)
+        written.append(Path(args.out) / f"attention-{Path(name).stem}.png")
+        dino.draw_attention(vit, x, mean, std, written[-1])
+        if net:
+            kind = "tokens" if config["method"] == "pcae" else "reconstruction"
+            written.append(Path(args.out) / f"{kind}-{Path(name).stem}.png")
+            mae_pcae.draw(net, x, written[-1])
+    print("\n".join(map(str, written)))
+    return written
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Runs a script as a user does, but with a minute of 0 seconds between saves: `start.py SCRIPT OPTIONS`.
+
+With IN_MEMORY=0 in the environment images are streamed, as if no set fitted into memory.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import vit  # noqa: E402
+
+vit.Run.minute = 0
+vit.IN_MEMORY = int(os.environ.get("IN_MEMORY", vit.IN_MEMORY))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,136 @@
+"""A GPU without a GPU: fake tensors know their device but hold no numbers, so they find what was left on the CPU and what
+would wait for the GPU. With TEST_DEVICE=cuda the whole suite runs on one.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import MODULE, NETWORK, network, step_once
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import analyze
+import dino
+import mae_pcae
+import siameseim
+import vit
+
+everywhere = pytest.mark.parametrize("method", NETWORK)
+
+
+@pytest.fixture
+def mode():
+    return FakeTensorMode(allow_non_fake_inputs=False)
+
+
+def on_gpu(mode, net):
+    """The network with fake parameters and buffers on "cuda"; to be called outside of the mode."""
+    for module in net.modules():
+        for store in (module._parameters, module._buffers):
+            for name, t in store.items():
+                fake = mode.from_tensor(t.detach())
+                with mode:
+                    fake = fake.to("cuda")
+                    store[name] = torch.nn.Parameter(fake, t.requires_grad) if store is module._parameters else fake
+    return net
+
+
+def images(n=8, channels=3):
+    return torch.zeros(n, channels, 16, 16, dtype=torch.uint8, device="cuda")
+
+
+@everywhere
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_stays_on_the_gpu_and_does_not_wait_for_it(method, mode, accumulate, monkeypatch):
+    """.item(), bool(tensor) and the like raise on fake tensors; mixed devices too."""
+    net, args = network("--accumulate", accumulate, "--precision", "bf16", method=method)
+    module = MODULE[method]
+    draws = module.sample_step(args, 0, 16)
+    fake = lambda d: {k: mode.from_tensor(v) for k, v in d.items()}
+    draws = fake(draws) if isinstance(draws, dict) else [fake(d) for d in draws]
+    net = on_gpu(mode, net)
+    with mode:
+        to = lambda d: {k: v.to("cuda") for k, v in d.items()}
+        draws = to(draws) if isinstance(draws, dict) else [to(d) for d in draws]
+        monkeypatch.setattr(module, "sample_step", lambda *_: draws)
+
+        def backward(loss):  # autograd's own needs a real GPU; what it would leave behind
+            assert loss.device.type == "cuda" and loss.grad_fn is not None
+            for p in net.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        stats = step_once(net, args, images())
+        assert stats.device.type == "cuda" and all(p.device.type == "cuda" for p in net.state_dict().values())
+
+
+@pytest.mark.parametrize("pos", ["learned", "sincos"])
+def test_features_on_a_gpu(pos, mode):
+    encoder = vit.ViT(16, 4, pos=pos, **vit.SIZES["test"])
+    config = dict(encoder.config, mean=[0.5] * 3, std=[0.3] * 3)
+    encoder = on_gpu(mode, encoder.eval())
+    with mode:
+        for part in ("cls", "mean", "both"):
+            found = encoder.encode(vit.prepare(images(), config), part)
+            assert found.device.type == "cuda"
+        assert vit.pixels(vit.prepare(images(), config)).device.type == "cuda"
+        assert vit.attention_mask(encoder.attention(vit.prepare(images(), config))[:, :, 0, 1:]).device.type == "cuda"
+
+
+MEASURES = dict(
+    distance=lambda maps, x: analyze.attention_distance(maps, 4, (4, 4)),
+    nmi=lambda maps, x: analyze.nmi(maps),
+    queries=lambda maps, x: analyze.query_similarity(maps),
+    heads=lambda maps, x: analyze.head_similarity(maps),
+    fourier=lambda maps, x: analyze.fourier_log_amplitude(x, (4, 4)),
+    cosine=lambda maps, x: analyze.mean_cosine(x),
+    rank=lambda maps, x: analyze.effective_rank(analyze.singular_values(x)),
+)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_on_a_gpu(name, mode):
+    with mode:
+        maps, tokens = torch.zeros(2, 3, 17, 17, device="cuda"), torch.zeros(2, 16, 8, device="cuda")
+        assert MEASURES[name](maps, tokens).device.type == "cuda"
+
+
+@everywhere
+def test_pictures_on_a_gpu(method, mode, monkeypatch):
+    """Up to the point where they are written."""
+    net, args = network(method=method)
+    seen = []
+    for module in (dino, mae_pcae, siameseim):
+        monkeypatch.setattr(module, "save_grid", lambda columns, file: seen.extend(columns))
+    monkeypatch.setattr(siameseim, "draw_bounding_boxes", lambda img, *_, **__: img)
+    draws = (
+        {k: mode.from_tensor(v) for k, v in siameseim.sample_step(args, 0, 16).items()} if method == "siameseim" else {}
+    )
+    noise = mode.from_tensor(torch.rand(4, 16))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: noise)
+    net = on_gpu(mode, net).eval()
+    with mode:
+        x = torch.zeros(4, 3, 16, 16, device="cuda")
+        if method in ("dino", "hybrid"):
+            dino.draw_attention(net.teacher.vit, x, net.mean, net.std, "x.png")
+        if method in ("mae", "pcae", "hybrid"):
+            mae_pcae.draw(net.mae if method == "hybrid" else net, x, "x.png")
+        if method == "siameseim":
+            siameseim.draw_pairs(net, images(4), draws, args, "x.png")
+        assert len(seen) >= 3
+
+
+@pytest.mark.gpu
+@everywhere
+def test_no_blocking_copies_in_a_step(method):
+    net, args = network(method=method)
+    net, imgs = net.cuda(), torch.zeros(8, 3, 16, 16, dtype=torch.uint8, device="cuda")
+    module, parts = MODULE[method], vit.adamw(net, args.precision)
+    schedule = SimpleNamespace(lr=1e-3, weight_decay=0.0, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False)
+    draws = vit.my_rows(module.sample_step(args, 0, 16), "cuda")
+    module.train_step(net, *parts, imgs, draws, schedule, args)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module.train_step(net, *parts, imgs, draws, schedule, args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
