@@ -61,7 +61,7 @@ OPTIONS = COMMON | dict(
     size=(["nano", "tiny", "small", "small"], "width, depth and heads of the network", dict(choices=SIZES)),
     patch=([4, 4, 8, 16], "patch size, px", COUNT),
     img_size=([32, None, 96, 224], "input of the network, px: one number, or height and width", PAIR),
-    epochs=([8, 100, 100, 100], "length of the run; the schedules follow it", COUNT),
+    epochs=([6, 100, 100, 100], "length of the run; the schedules follow it", COUNT),
     batch=([64, 256, 256, 512], "images in an optimiser step, over all processes and micro-batches", COUNT),
     lr=([2e-3, 1e-3, 5e-4, 5e-4], "learning rate for batch 256; scaled with the batch"),
     warmup=([1.0, 10.0, 10.0, 10.0], "epochs over which the learning rate rises"),
@@ -198,14 +198,13 @@ def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
 
     student (V, B, K), teacher (2, B, K): outputs before softmax, the two global views first; center (K,).
     Returns the loss, the teacher's entropy h(P_t), and loss - h = KL(P_t || P_s), 0 in a collapse (section 5.3).
-    As q sums to one, a pair's cross-entropy is logsumexp(z) - q·z, and a sum over pairs needs only the sum of all z.
     """
-    t, z = (teacher - center) / teacher_temp, student / student_temp
-    q, lse, pairs = t.softmax(dim=-1), z.logsumexp(dim=-1), len(t) * (len(z) - 1)
-    agreement = (q * (z.sum(dim=0) - z[: len(t)])).sum(dim=(0, 2))  # q_i·z_j over all pairs i != j
-    normalisers = len(t) * lse.sum(dim=0) - lse[: len(t)].sum(dim=0)  # logsumexp(z_j) over the same
-    loss = (normalisers - agreement).mean() / pairs
-    entropy = (t.logsumexp(dim=-1) - (q * t).sum(dim=-1)).mean()
+    p_teacher = ((teacher - center) / teacher_temp).softmax(dim=-1)  # centred and sharpened
+    log_p_student = (student / student_temp).log_softmax(dim=-1)
+    pairs = -torch.einsum("tbk,sbk->tsb", p_teacher, log_p_student)  # of every teacher's and every student's view
+    different = 1 - torch.eye(*pairs.shape[:2], device=pairs.device)[..., None]  # not of a view with itself
+    loss = (pairs * different).sum() / (different.sum() * pairs.shape[2])
+    entropy = torch.special.entr(p_teacher).sum(dim=-1).mean()
     return loss, entropy, loss.detach() - entropy
 
 
