@@ -1,5 +1,6 @@
-"""A GPU without a GPU: fake tensors know their device but hold no numbers, so they find what was left on the CPU and what
-would wait for the GPU. With TEST_DEVICE=cuda the whole suite runs on one.
+"""A GPU without a GPU: fake tensors know their device but hold no numbers.
+
+They find what was left on the CPU and what would wait for the GPU. With TEST_DEVICE=cuda the whole suite runs on one.
 """
 
 from types import SimpleNamespace
