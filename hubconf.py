@@ -1,4 +1,4 @@
-"""torch.hub entry points: one for each file in weights/, and encoder(file) for any checkpoint. Each gives vit, config."""
+"""torch.hub entry points, each gives (vit, config): one for each file in weights/, and encoder(file) for any other."""
 
 import functools
 from pathlib import Path

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -254,9 +255,10 @@ def reading(file, kind):
         raise InputError(f"{file} is not a readable {kind} ({type(e).__name__}: {why})") from e
 
 
-def decode(file, side):
-    """An image file (or open binary file) as uint8 RGB (3, h, w), its short side resized to `side` px, upright."""
+def decode(file, side=None):
+    """An image file (or open binary file) as uint8 RGB (3, h, w), upright, its short side resized to `side` px."""
     with reading(file, "image"), Image.open(file) as img:
+        side = side or min(img.size)
         img.draft("RGB", (side, side))  # JPEG: decode at 1/2, 1/4, 1/8 where that is still larger than needed
         img = ImageOps.exif_transpose(img)
         if img.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would clip at 255
@@ -276,14 +278,6 @@ def decode(file, side):
         return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()
 
 
-def decode_first(files):
-    """The first readable file of a list, at its own size: (3, h, w)."""
-    for file in files[:100]:
-        with contextlib.suppress(InputError, OSError), Image.open(file) as img:
-            return decode(file, min(img.size))
-    raise InputError(f"none of the first {min(100, len(files))} images can be read, such as {files[0]}")
-
-
 def square(img, offset=0.5):
     """The (C, S, S) square of (C, h, w) whose place along the long side is `offset`, in [0, 1]."""
     h, w = img.shape[-2:]
@@ -301,12 +295,19 @@ class Images(torch.utils.data.Dataset):
     """
 
     def __init__(self, items, labels=None, classes=(), side=None):
-        self.items, self.labels, self.classes, first = items, labels, list(classes), items[0]
-        self.channels = len(first) if torch.is_tensor(first) else 3
-        self.side = side or min((first if torch.is_tensor(first) else decode_first(items)).shape[-2:])
+        self.items, self.labels, self.classes = items, labels, list(classes)
+        self.channels = len(items[0]) if torch.is_tensor(items[0]) else 3
+        self.side = side or self.first_side()
 
     def __len__(self):
         return len(self.items)
+
+    def first_side(self):
+        """The short side of the first image that can be read, before any resizing."""
+        for item in itertools.islice(self.items, 100):
+            with contextlib.suppress(InputError):
+                return min((item if torch.is_tensor(item) else decode(item)).shape[-2:])
+        raise InputError(f"none of the first {min(100, len(self))} images can be read, such as {self.items[0]}")
 
     def read(self, i):
         """Image i, uint8 (C, h, w), its short side `self.side` px. Raises InputError where it cannot be read."""
@@ -819,7 +820,7 @@ def load_checkpoint(file):
             raise InputError(f"{file} is not a readable checkpoint ({what})") from None
 
 
-PREFIXES = re.compile(r"^(module|backbone|_orig_mod|teacher|student|encoder|model|vit|net|base_encoder)\.")
+PREFIXES = re.compile(r"^((module|backbone|_orig_mod|teacher|student|encoder|model|vit|net|base_encoder)\.)+")
 OTHER_NETWORKS = re.compile(
     r"^(blocks|fc_norm|norm_pre|patch_embed|cls_|reg|storage|dist_)|gamma|rel_pos|relative|rope"
 )
@@ -836,54 +837,48 @@ def load_encoder(file, heads=None, quiet=False):
     """
     found = load_checkpoint(file)
     with reading(file, "ViT"):
-        vit, config, used, unused = build_encoder(file, found, heads)
+        vit, config, unused = build_encoder(file, found, heads)
     if not quiet:
-        print(
-            f"{file}: all {used} tensors of the ViT found; not used: {', '.join(unused) or 'none'}"[:300],
-            file=sys.stderr,
-        )
+        unused = ", ".join(unused)[:200] or "nothing"
+        print(f"{file}: all {len(vit.state_dict())} tensors of the ViT found; not used: {unused}", file=sys.stderr)
         if "method" not in config:
             print(f"  {config['heads']} attention heads assumed: another number needs --heads", file=sys.stderr)
     return vit, config
 
 
 def build_encoder(file, found, heads):
-    """load_encoder of what a file holds: the ViT, its config, the number of tensors used, the names of the others."""
-    config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls")
-    config.update(found.get("config", {}) if isinstance(found, dict) else {})
+    """load_encoder of what a file holds: the ViT, its config, and the names of tensors that are not used."""
+    found = found if isinstance(found, dict) else {}
+    config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls") | found.get("config", {})
     for key in ("encoder", "model", "state_dict", "teacher", "student"):
-        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
-    weights = {}
-    for name, value in found.items() if isinstance(found, dict) else ():
-        while PREFIXES.match(str(name)):
-            name = PREFIXES.sub("", name)
-        if torch.is_tensor(value) and not value.is_complex():
-            weights[name] = value.float()
-    if "pos_embed" not in weights or "patch_embed.proj.weight" not in weights:
+        found = found[key] if isinstance(found.get(key), dict) else found
+    weights = {
+        PREFIXES.sub("", str(k)): v.float() for k, v in found.items() if torch.is_tensor(v) and not v.is_complex()
+    }
+    if not {"pos_embed", "patch_embed.proj.weight"} <= weights.keys():
         raise InputError(f"{file} holds no ViT: no pos_embed and patch_embed.proj.weight in it")
     if "dim" not in config:  # not ours: read the shape off the weights
         dim, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
-        side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-        depth = 1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, weights) if m)
+        side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
+        depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
         norm = "norm.weight" in weights
         heads = heads or next((s["heads"] for s in SIZES.values() if s["dim"] == dim), dim // 64)
-        config.update(img_size=[side * patch] * 2, patch=patch, in_chans=in_chans, dim=dim, depth=depth, heads=heads)
-        config.update(pos="learned", norm=norm, feature="cls" if norm else "mean")
+        config |= dict(img_size=[side, side], patch=patch, in_chans=in_chans, dim=dim, depth=depth, heads=heads)
+        config |= dict(pos="learned", norm=norm, feature="cls" if norm else "mean")
     config["heads"] = heads or config["heads"]
     sizes = [*config["img_size"], *(config[k] for k in ("patch", "in_chans", "dim", "depth", "heads"))]
     if not all(type(s) is int and s > 0 for s in sizes) or config["feature"] not in ("cls", "mean", "both"):
         raise ValueError(f"its config is {config}")
     vit = ViT(**{k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")})
-    own = {k: v.shape for k, v in vit.state_dict().items()}
-    unused = sorted(weights.keys() - own.keys())
-    wrong = [k for k in own if k not in weights or own[k] != weights[k].shape]
+    own, unused = vit.state_dict(), sorted(weights.keys() - vit.state_dict().keys())
+    wrong = [k for k, v in own.items() if k not in weights or v.shape != weights[k].shape]
     wrong += [k for k in unused if OTHER_NETWORKS.search(k)]
     if wrong:
         raise InputError(
-            f"{file}: {len(wrong)} tensors are missing, of another shape, or of another network: {wrong[:4]}"
+            f"{file}: {len(wrong)} tensors are missing, of another shape or of another network: {wrong[:4]}"
         )
     vit.load_state_dict({k: weights[k] for k in own})
-    return vit.eval(), config, len(own), unused
+    return vit.eval(), config, unused
 
 
 def start_from(file, vit, net):
@@ -966,19 +961,18 @@ def options(doc, table, argv=None, **fixed):
     A default is one value, or a list of four, for the presets demo, 32, 96 and 224; `load_data` fills those in. Tuples
     are options of several numbers. fixed: set without being options.
     """
-    four = "Four defaults are those of the presets: " + ", ".join(PRESETS)
-    p = argparse.ArgumentParser(description=doc, epilog=four, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.epilog = "Four defaults are those of the presets: " + ", ".join(PRESETS)
     for name, (default, text, *more) in table.items():
         example = default[0] if isinstance(default, list) else default
-        more = dict(more[0]) if more else {}
+        kind = dict(type=type(example)) if example is not None else {}
         if isinstance(example, bool):
-            more["action"] = argparse.BooleanOptionalAction
+            kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(example, tuple):
-            more = dict(type=float, nargs=len(example)) | more
-        elif not more.keys() & {"type", "choices"} and example is not None:
-            more["type"] = type(example)
+            kind = dict(type=float, nargs=len(example))
+        kind |= more[0] if more else {}
         text += f" (default: {default})" * (example is not None)
-        p.add_argument(more.pop("flag", f"--{name.replace('_', '-')}"), help=text, **more)
+        p.add_argument(kind.pop("flag", f"--{name.replace('_', '-')}"), help=text, **kind)
         p.set_defaults(**{name: None if isinstance(default, list) else default})
     p.set_defaults(**fixed)
     return p.parse_args(argv)
@@ -1088,7 +1082,6 @@ class Run:
         self.steps_per_epoch = len(train) // args.batch
         self.total = args.epochs * self.steps_per_epoch
         self.first, self.stop = 0, min(self.total, args.steps or self.total)
-        self.images = f"{len(train)} images of {train.side} px"
         small = lambda images, n: images.subset(n).at(images.side, quiet=True)
         self.sets = (small(train, 4000), small(test, 800)) if test is not None else None  # for k-NN
         some = train.subset(4)  # for pictures
@@ -1097,6 +1090,9 @@ class Run:
         Run.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.rank == 0:
             self.lock_folder()
+        plan = f"{args.epochs} epochs of {self.steps_per_epoch} steps of {args.batch}"
+        where = f"{self.device.type}, {args.precision}, {self.world} process(es) -> {self.out}"
+        self.say(f"{args.method}: {len(train)} images of {train.side} px, {plan}, {where}")
 
     def lock_folder(self):
         """Takes the lock of the folder. The system gives it back when the process ends, however that happens."""
@@ -1173,12 +1169,6 @@ class Run:
         if self.rank == 0:
             (self.out / "log.part").write_text("".join(json.dumps(row) + "\n" for row in rows))
             os.replace(self.out / "log.part", self.out / "log.jsonl")
-        self.say(
-            f"{self.args.method}: {self.images}, ViT of {self.config['depth']} blocks, {self.config['dim']} wide, "
-            f"patches of {self.config['patch']} px, {self.args.epochs} epochs of "
-            f"{self.steps_per_epoch} steps of {self.args.batch}, {self.device.type}, {self.args.precision}, "
-            f"{self.world} process{'es' * (self.world > 1)} -> {self.out}"
-        )
         if self.first:
             self.say(f"resumes after step {self.first} of {self.stop}")
 
@@ -1245,10 +1235,10 @@ class Run:
         self.write(**row)
         self.since, self.waited, self.counted = now, 0.0, step + 1
         show = " ".join(f"{k} {row[k]:.4g}" for k in ("loss", "entropy", "images_per_s", "lr") if k in row)
-        if step - self.first < 20:
-            left = (self.stop - step) * self.args.batch / images * seconds / 60
-            self.say(f"step {step + 1}: {show}, about {left:.1f} minutes to go")
         self.bar.set_postfix_str(show)
+        if step - self.first < 20:
+            left = (self.stop - step) * seconds / (images / self.args.batch) / 60
+            self.say(f"step {step + 1}: {show}, about {left:.1f} minutes to go")
         if warning and not self.warned:
             self.say(f"warning at step {step + 1}: {warning}")
             self.warned = True

@@ -165,7 +165,7 @@ def test_two_processes_are_one(method, npz):
     options = tiny(*EXACT, "--epochs", 5, "--accumulate", parts, batch=16, out="two", method=method)
     done = start(SCRIPT[method], *options, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 processes" in done.stdout
+    assert "2 process(es)" in done.stdout
     nearly("one", "two", method)
 
 
