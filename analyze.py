@@ -11,22 +11,23 @@ Writes analysis.json, analysis.png (curves over depth) and queries.png (attentio
 and the verdicts. An untrained network of the first checkpoint's shape is measured beside the others. A checkpoint of
 ours says what it is (dino: CL; mae, pcae: MIM; others take no side); of another file say it: FILE=cl or FILE=mim.
 Several files of one kind are averaged; how they differ counts as error over seeds. Claims 1, 2 and 5 need encoders of
-one image size and patch size.
+one image size and patch size; else they are not comparable.
 
 Where the paper's protocol is public (its notebooks) ours is the same: attention distance, normalised mutual
 information, Fourier log amplitude. Ours are: similarity of attention maps, of tokens within and across images, singular
 values, linear probes and k-NN by depth, robustness to band noise, shape against texture; each is defined in its
-function. No measure depends on --batch or on the order of files. A verdict compares means: `holds` or `fails` where
-the margin is more than two standard errors, else `undecided`; errors are over images, and over seeds where there are
-several (few seeds: where nothing differs, 2 a side give a verdict in 18 % of cases, 3 in 11 %). Claims 8 and 10 read
-JSON of eval_linear.py, claim 9 of eval_dense.py (--results).
+function. What is measured image by image does not depend on --batch or on the order of files.
+
+A verdict compares means: `holds` or `fails` where the margin is more than two standard errors, else `undecided`. Errors
+are over images, and over seeds where there are several (few seeds: where nothing differs, two encoders on each side
+give a verdict in 18 % of cases, three in 11 %). Claims 8 and 10 read JSON of eval_linear.py, claim 9 of eval_dense.py
+(--results).
 """
 
 import json
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -185,11 +186,11 @@ def tokens_by_depth(vit, x):
 @torch.no_grad()
 def mean_tokens(vit, images, config, args, device):
     """The mean patch token of all images at each depth: (depth + 1, D)."""
-    total = torch.zeros(len(vit.blocks) + 1, vit.dim, dtype=torch.float64, device=device)
+    total = torch.zeros(len(vit.blocks) + 1, vit.dim, dtype=torch.float64)
     for imgs in stream(images, in_order(images, args.batch), device, args.workers):
         for depth, x in enumerate(tokens_by_depth(vit, prepare(imgs, config))):
-            total[depth] += x[:, 1:].double().mean(dim=1).sum(dim=0)
-    return (total / len(images)).float()
+            total[depth] += x[:, 1:].float().mean(dim=1).cpu().double().sum(dim=0)
+    return (total / len(images)).float().to(device)
 
 
 @torch.no_grad()
@@ -230,12 +231,12 @@ def measure_images(vit, images, config, args, device):
 def features_by_depth(vit, images, config, args, device, noise=None):
     """Mean patch tokens of each block, through the final norm; last, the method's own feature: depth+1 of (n, D)."""
 
-    def encode(x, feature):  # what features() asks
+    def encode(x):
         layers = vit.layers(x if noise is None else x + noise(x.shape).to(x))
-        return torch.cat([*(pooled(t, "mean") for t in layers), pooled(layers[-1], feature)], dim=1)
+        return torch.cat([*(pooled(t, "mean") for t in layers), pooled(layers[-1], config["feature"])], dim=1)
 
     how = dict(batch=args.batch, workers=args.workers)
-    return features(SimpleNamespace(encode=encode), images, config, device, **how).chunk(len(vit.blocks) + 1, dim=1)
+    return features(encode, images, config, device, **how).chunk(len(vit.blocks) + 1, dim=1)
 
 
 def measure_encoder(vit, config, sets, args, device):
@@ -300,8 +301,8 @@ def verdict(claim, what, a, b, sign, found):
     found[-1]["verdict"] = kind
 
 
-def verdicts(models, results):
-    """The ten claims of Park et al. as checks. models: name -> dict(kind, found). results: other scripts' JSON."""
+def verdicts(models, results, files):
+    """Ten checks from the paper. models: name -> dict(kind, found). results: JSON of others. files: {file: kind}."""
     cl, mim = ([m["found"] for m in models.values() if m["kind"] == kind] for kind in ("cl", "mim"))
     found = []
 
@@ -337,7 +338,8 @@ def verdicts(models, results):
     verdict(7, "linear probe, last third of blocks: CL > MIM", *accuracy(last), 1, found)
 
     def rows(key, kinds):  # from eval_linear.py and eval_dense.py
-        kept = [r for r in results if key in r["results"] and SIDES.get(r["method"], r["method"]) in kinds]
+        side = lambda r: SIDES.get(r["method"]) or files.get(r["checkpoint"]) or r["method"]
+        kept = [r for r in results if key in r["results"] and side(r) in kinds]
         kept = [r for r in kept if not r["args"].get("scratch") and not r["args"].get("drop_ratio")]
         if len({(r["data"], r["args"].get("labels"), r["args"].get("epochs")) for r in kept}) > 1:
             raise InputError(f"--results: {key} of several --data, --labels or --epochs cannot be compared")
@@ -527,7 +529,10 @@ def main(argv=None):
     models["untrained"] = dict(kind="untrained", method="untrained", found=found)
     for m in models.values():
         m["found"]["test"] = len(sets["test"])
-    claims = verdicts(models, results)
+    claims = verdicts(models, results, dict(files))
+    if len({(*config["img_size"], config["patch"]) for *_, config in loaded}) > 1:  # of grids that differ
+        for claim in claims:
+            claim["verdict"] = "not comparable" if claim["claim"] in (1, 2, 5) else claim["verdict"]
 
     out, patch, grid = Path(args.out), vit.patch, vit.grid
     out.mkdir(parents=True, exist_ok=True)

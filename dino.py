@@ -9,20 +9,22 @@ Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV
 
 Measured: MEASURED
 
-The idea. Student and teacher have one architecture and see different crops of an image. Both give a distribution over
+The idea. Student and teacher have one architecture and see crops of an image. Both give a distribution over
 K prototypes; the student learns to match the teacher's, and the teacher is an exponential moving average (EMA) of the
 student. Small crops go to the student only, so it learns to infer the whole from a part. Two opposite forces prevent
 a constant output: centring keeps any one prototype from winning always, sharpening keeps the distribution from
 becoming uniform.
 
-Symbols of the paper: g_t is net.teacher, g_s net.student, c net.center, m --center-momentum, lambda --momentum, tau_t
---teacher-temp, tau_s student_temp in dino_loss, l the schedule's momentum. To read it all, read sections 1 (network),
-3 (views) and 4 (training step) of vit.py as well.
+Symbols of the paper: g_t is net.teacher, g_s net.student, c net.center, m --center-momentum, lambda (l in Algorithm 1)
+schedule.momentum, which starts at --momentum; tau_t --teacher-temp, tau_s student_temp in dino_loss. To read it all,
+read sections 1 (network), 3 (views) and 4 (training step) of vit.py too. For another loss change dino_loss, for another
+augmentation sample_views and augment, for another backbone replace ViT.
 
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order (theirs: drawn for each
   image), no rounding to 8 bits in between, a true Gaussian blur (Pillow's: box blurs), sigma in px of a 224 px image.
-- Above 64 px images are decoded as squares, at a random place if oblong, and crops are taken from these.
+- Images are decoded as squares, at a random place if oblong, of the network's size (above 64 px, of up to twice that),
+  and crops are taken from these (theirs: from the whole image).
 - Position embeddings are interpolated to the exact size (see vit.py). Mean and std are those of the data set.
 - The last block computes the CLS token alone, as nothing else is read. The output is the same.
 - A gradient that is not finite skips the step (theirs: a loss that is not finite ends the run).
@@ -64,20 +66,20 @@ OPTIONS = COMMON | dict(
     epochs=([6, 100, 100, 100], "length of the run; the schedules follow it", COUNT),
     batch=([64, 256, 256, 512], "images in an optimiser step, over all processes and micro-batches", COUNT),
     lr=([2e-3, 1e-3, 5e-4, 5e-4], "learning rate for batch 256; scaled with the batch"),
-    warmup=([1.0, 10.0, 10.0, 10.0], "epochs over which the learning rate rises"),
-    weight_decay=((0.04, 0.4), "of matrices, at the start and at the end"),
+    warmup=([0.5, 10.0, 10.0, 10.0], "epochs over which the learning rate rises"),
+    weight_decay=((0.04, 0.4), "of all but biases and norms, at the start and at the end"),
     clip=(3.0, "clip each parameter's gradient to this norm; 0 turns clipping off"),
     drop_path=([0.0, 0.1, 0.1, 0.1], "stochastic depth of the student", SHARE),
     prototypes=([256, 4096, 8192, 65536], "K, outputs of the head; small data sets need fewer", COUNT),
     hidden=([512, 2048, 2048, 2048], "width of the head's hidden layers", COUNT),
     norm_last_layer=(True, "prototypes of unit norm: more stable"),
-    freeze_last_layer=(1, "epochs in which prototypes are frozen; raise it if the loss rises"),
+    freeze_last_layer=([0, 1, 1, 1], "epochs in which prototypes are frozen; raise it if the loss rises"),
     global_scale=([(0.5, 1.0), *[(0.4, 1.0)] * 3], "area of the two large crops, share of the image"),
     local_crops=([2, 6, 6, 8], "small crops for the student; use 0 together with --global-scale 0.14 1"),
     local_size=([16, 16, 48, 96], "their size, px", COUNT),
     local_scale=([(0.25, 0.5), (0.1, 0.4), (0.05, 0.4), (0.05, 0.4)], "their area, share of the image"),
     color=([0.0, 1.0, 1.0, 1.0], "strength of colour jitter, grey and solarization; 1 as published"),
-    momentum=([0.98, 0.99, 0.996, 0.996], "of the teacher at the start, 1 at the end; lower it for short runs"),
+    momentum=([0.97, 0.99, 0.996, 0.996], "of the teacher at the start, 1 at the end; lower it for short runs"),
     center_momentum=([0.5, 0.9, 0.9, 0.9], "of the centre; lower it if the winning prototype keeps changing"),
     teacher_temp=([(0.02,), *[(0.04,)] * 3], "at the start [and end]; lower it if the loss stays at ln K", MANY),
     teacher_temp_epochs=(30.0, "epochs over which the teacher's temperature rises"),
@@ -158,14 +160,14 @@ class DINOHead(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone and head. Each of `views` is (V_i·B, C, h, w), of a size of its own, or None: -> (V·B, K)."""
+    """Backbone and head. Each of `views` is (V_i·B, C, h, w), of a size of its own; together they give (V·B, K)."""
 
     def __init__(self, vit, head):
         super().__init__()
         self.vit, self.head = vit, head
 
     def forward(self, *views):
-        return self.head(torch.cat([self.vit.cls(x) for x in views if x is not None]))
+        return self.head(torch.cat([self.vit.cls(x) for x in views]))
 
 
 class DINO(nn.Module):
@@ -218,13 +220,13 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     total, batch_mean, unit = 0, 0, max(args.img_size) / 224
     for x, d_global, d_local in micro_batches(args.accumulate, imgs, *draws):
         global_views = net.augment(x, d_global, args.img_size, unit, net.mean, net.std)  # (2·B, C, h, w)
-        local_views = None
+        local_views = []
         if args.local_crops:
-            local_views = net.augment(x, d_local, [args.local_size] * 2, unit, net.mean, net.std)
+            local_views = [net.augment(x, d_local, [args.local_size] * 2, unit, net.mean, net.std)]  # (V·B, C, h, w)
         with autocast(x.device, args.precision):
             with torch.no_grad():
                 t = net.teacher(global_views).float().unflatten(0, (2, len(x)))  # (2, B, K)
-            s = net.student(global_views, local_views).float().unflatten(0, (-1, len(x)))  # (V, B, K)
+            s = net.student(global_views, *local_views).float().unflatten(0, (-1, len(x)))  # (V, B, K)
         loss, entropy, kl = loss_fn(s, t, net.center, teacher_temp=schedule.teacher_temp)
         scaler.scale(loss / args.accumulate).backward()
         total += torch.stack([loss.detach(), entropy, kl]) / args.accumulate
@@ -248,13 +250,13 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
 def schedules(step, run, args):
     """Learning rate, weight decay, the teacher's momentum and temperature (section 3.2), from the step alone."""
     total, per_epoch = run.total, run.steps_per_epoch
-    start, end = (args.teacher_temp * 2)[:2]  # one number stands for both
-    warm = min(1, step / max(1, min(args.teacher_temp_epochs, args.epochs) * per_epoch - 1))
+    start, end = args.teacher_temp[0], args.teacher_temp[-1]
+    ramp = min(1, step / max(1, min(args.teacher_temp_epochs, args.epochs) * per_epoch - 1))
     return SimpleNamespace(
         lr=cosine(step, total, args.lr * args.batch / 256, 1e-6, args.warmup * per_epoch),
         weight_decay=cosine(step, total, *args.weight_decay),
         momentum=cosine(step, total, args.momentum, 1.0) if args.momentum else 0.0,
-        teacher_temp=start + warm * (end - start),
+        teacher_temp=start + ramp * (end - start),
         freeze_last_layer=step < args.freeze_last_layer * per_epoch,
     )
 
@@ -343,9 +345,9 @@ def main(argv=None, images=None):
             run.log(step, warning, loss=loss, entropy=entropy, kl=kl, grad_norm=norm, lr=schedule.lr)
         if run.knn_due(step):
             run.measure_knn(step)
-            run.draw_curve()
         if run.save_due(step):
             run.save(step)
+            run.draw_curve()
             sample = prepare(run.sample, run.config)
             draw_attention(net.teacher.vit, sample, net.mean, net.std, run.out / "attention.png")
     return run.finish()

@@ -1,10 +1,11 @@
 """Pictures of your own image files from any checkpoint: where attention goes, and what a decoder reconstructs.
 
-    python draw.py runs/dino-demo/last.pt cat.jpg dog.png            # writes attention-cat.png, attention-dog.png here
+    python draw.py runs/dino-demo/last.pt cat.jpg dog.png            # writes runs/dino-demo/attention-cat.png, ...
     python draw.py runs/mae-demo/last.pt cat.jpg --out pictures      # and reconstruction-cat.png: it has a decoder
     python draw.py dino_deitsmall16_pretrain.pth cat.jpg             # the authors' weights
 
-attention: for each head, where the CLS token attends in the last block, then the 60 % of it with the largest values.
+attention: for each head, where the CLS token attends in the last block, then the most attended patches, which hold
+60 % of it.
 reconstruction: of MAE and the hybrid, what is visible, what the network makes of it, the image. Of PCAE, tokens: the
 image, what the student and the teacher see, and the tokens left after each stage.
 """
@@ -27,7 +28,7 @@ from vit import DEVICE, cli, launch, options, shape_of  # 7 runs
 OPTIONS = dict(
     checkpoint=(None, "last.pt of a run, a file of weights/, the authors' or timm's", dict(flag="checkpoint")),
     files=(None, "image files", dict(flag="files", nargs="+")),
-    out=(".", "folder for the pictures"),
+    out=(None, "folder for the pictures (that of the checkpoint)"),
     heads=(None, "attention heads, for files of others, which do not tell", dict(type=int)),
     device=DEVICE,
 )
@@ -62,8 +63,8 @@ def main(argv=None):
     vit, config = load_encoder(args.checkpoint, args.heads)
     vit, net = vit.to(device), load_network(args.checkpoint, config, device)
     mean, std = (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
-    with reading(args.out, "folder to write to"):
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+    args.out = args.out or Path(args.checkpoint).parent
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     written = []
     for name in args.files:
         x = prepare(read_square(name, config).to(device), config)

@@ -6,10 +6,10 @@
 
 Attention (DINO, arXiv 2104.14294, section 4.2.2 and Figure 4): the CLS token's attention in the last block, of each
 head the patches that hold 60 % of it, against the mask of everything that is not background: Jaccard index of the best
-head of each image, mean over all images of both splits, as nothing is trained. Beside it the same of an untrained
-network. DINO on VOC12: 45.9, random 22.0.
+head of each image, mean over all images (nothing is trained; with --test over those). Beside it the same of an
+untrained network. DINO on the validation images of VOC12: 45.9, random 22.0.
 
-Linear features: a linear layer (batch-normalised input, SGD, the rate chosen on a tenth of the training images, as in
+Linear features: a linear layer (batch-normalised input, SGD, the rate chosen on a tenth of the training patches, as in
 eval_linear.py) on the patch tokens after each block predicts the commonest class of the patch; its patches, enlarged,
 against the mask: IoU of every class, from intersections and unions summed over all test images, mean over classes
 (miou), and as mean over images of each image's own (dense). Without official splits every tenth pair is for testing.
@@ -35,15 +35,14 @@ from eval_linear import EVALUATION, RATES, accuracies, open_encoder, report, tra
 from vit import InputError, ViT  # 1 network
 from vit import batches, decode, list_images, open_images, prepare, reading, square  # 2 images
 from vit import attention_mask  # 5 evaluation
-from vit import PRECISION, SHARE, cli, launch, options  # 7 runs
+from vit import SHARE, cli, launch, options  # 7 runs
 
-OPTIONS = EVALUATION | dict(
+OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("batch", "workers", "precision")} | dict(
     data=(None, "demo.npz, or a folder with images/ and masks/ (demo.npz)"),
     train=(None, "the folder to train on, with images/ and masks/, together with --test"),
     test=(None, "the folder to test on"),
     limit=(1000, "at most so many images and masks of each split", dict(type=int)),
     mass=(0.6, "share of the attention that the mask of a head holds", SHARE),
-    precision=("fp32", *PRECISION[1:]),
 )
 
 # pairs of images and masks -------------------------------------------------------------------------------------------
@@ -99,10 +98,10 @@ def read_mask(file, side):
 def load_splits(args, side):
     """Pairs to train on and to test on, with classes numbered from 0 (255: left out), and their number."""
     if args.train or args.test:
-        if not (args.train and args.test):
+        if not (args.train and args.test) or args.data:
             raise InputError("--train and --test: give both, or --data")
         pairs = [load_pairs(folder, side, args.limit) for folder in (args.train, args.test)]
-    elif Path(args.data).name == "demo.npz":
+    elif Path(args.data or "demo.npz").name == "demo.npz":
         pairs = load_demo(side, args.limit)
     else:
         x, m = load_pairs(args.data, side, 2 * args.limit)
@@ -179,7 +178,8 @@ def linear_features(train, y, test, masks, grid, classes, device):
     train, test (n, N, D): tokens. y (n·N,): labels of the training patches. masks (n, S, S): of the test images.
     """
     x, valid = train.flatten(0, 1), y != 255
-    x, y = x[valid], y[valid]
+    order = torch.randperm(int(valid.sum()), generator=torch.Generator().manual_seed(0)).to(device)
+    x, y = x[valid][order], y[valid][order]
     kept = len(x) - len(x) // 10
 
     def fit(n, rates):
@@ -206,7 +206,7 @@ def linear_features(train, y, test, masks, grid, classes, device):
 
 @cli
 def main(argv=None):
-    args = options(__doc__, OPTIONS, argv)
+    args = options(__doc__, OPTIONS, argv, precision="fp32")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("this runs in one process: start it without torchrun")
     if args.limit < 2 or not args.mass:
@@ -214,12 +214,13 @@ def main(argv=None):
     device = launch(args)
     given = args.data
     vit, config = open_encoder(args)
-    args.data = given or "demo.npz"
+    args.data = given
     if config["img_size"][0] != config["img_size"][1]:
         raise InputError(f"{args.checkpoint} takes {config['img_size']} px: give one --img-size, masks are square here")
     if config["in_chans"] != 3:
         raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, the images here have 3")
     (train, test), classes = load_splits(args, config["img_size"][0])
+    args.data = args.data or args.test or "demo.npz"
     grid = ViT.grid_of(config["img_size"], vit.patch)
     labels = torch.cat([patch_labels(m, grid, classes) for m in train[1].split(50)]).flatten().to(device)
     torch.manual_seed(args.seed)
@@ -228,7 +229,12 @@ def main(argv=None):
     percent = lambda v: round(100 * float(v), 2)
     results = dict(classes=classes, train=len(train[0]), test=len(test[0]))
     for name, net in nets.items():
-        seen = torch.cat([from_attention(net, *pairs, config, args.mass, device) for pairs in (train, test)])
+        seen = torch.cat(
+            [
+                from_attention(net, *pairs, config, args.mass, device)
+                for pairs in ([test] if args.test else [train, test])
+            ]
+        )
         tokens = (by_block(net, imgs, config, device) for imgs, _ in (train, test))
         depths = [linear_features(a, labels, b, test[1], grid, classes, device) for a, b in zip(*tokens, strict=True)]
         found = dict(jaccard=percent(seen.mean()), jaccard_error=error(seen), jaccard_images=len(seen))

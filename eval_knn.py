@@ -15,7 +15,6 @@ process group is needed.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -58,14 +57,14 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     untrained, vit = ViT(**vit.config).eval().to(device), vit.to(device)
 
-    def encode(x, _):  # all vectors of an image side by side, as features() asks
+    def encode(x):  # all vectors of an image side by side
         parts = [pixels(x).float(), untrained.encode(x, config["feature"]).float()] if args.baselines else []
         widths[:] = [part.shape[1] for part in parts] + [vit.dim] * 2
         return torch.cat([*parts, vit.encode(x, "both").float()], dim=1)
 
     widths, names = [], ["pixels", "untrained"] * args.baselines + ["cls", "mean"]
     how = (config, device, args.precision, args.batch, args.workers)
-    found = {s: features(SimpleNamespace(encode=encode), x, *how) for s, x in (("train", train), ("test", test))}
+    found = {s: features(encode, x, *how) for s, x in (("train", train), ("test", test))}
     vectors = {s: dict(zip(names, x.split(widths, dim=1), strict=True)) for s, x in found.items()}
     labels = dict(train=train.labels.to(device), test=test.labels.to(device))
 

@@ -20,12 +20,13 @@ Token dropping (PCAE, ICLR 2023, Table 5): inside three blocks, evenly spaced (b
 between attention and MLP, a share of the patch tokens is dropped: those most similar to their mean. CLS always stays,
 means are over what is left. The paper does not say where it drops; this schedule comes nearest to its MACs.
 
-A classifier is applied to another data set by the names of its classes; only those of them that the data set has can be
-predicted, as is usual for ImageNet-A and -R.
+A classifier is applied to another data set by the names of its classes. Predictions are limited to the classes that the
+new data set has, as is usual for ImageNet-A and -R.
 
-Differs from the authors' code (MAE's): probe by SGD with momentum instead of LARS. Fine-tuning without RandAugment,
-random erasing and cutmix, crops of .35 to 1 of the image (theirs: .08 to 1); mixup draws a weight for each image and
-mixes neighbours in the batch. --scratch is this recipe without layer decay, not theirs for training from scratch.
+Differs from the authors' code (MAE's). Probe: SGD with momentum instead of LARS, no warm-up, no crops and flips unless
+with --augment. Fine-tuning: no RandAugment, random erasing and cutmix; crops of .35 to 1 of the image (theirs: .08 to
+1); mixup draws a weight for each image and mixes neighbours in the batch; the linear layer starts from a standard
+deviation of .01 (theirs: 2e-5). --scratch is this recipe without layer decay, not theirs for training from scratch.
 """
 
 import json
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # isort: off
-from vit import InputError, ViT, drop_path, pooled  # 1 network
+from vit import InputError, ViT, drop_path, gather_tokens, pooled  # 1 network
 from vit import batches, open_images, prepare, resize_side, seeded, stream  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
 from vit import autocast, average_and_clip, cosine, gather, mean_over_processes, my_rows, processes  # 4 training step
@@ -88,7 +89,7 @@ OPTIONS = EVALUATION | dict(
     drop_path=(0.1, "fine-tuning: stochastic depth", SHARE),
     mixup=(0.8, "fine-tuning: alpha of the Beta distribution of weights; 0 turns mixup off"),
     smoothing=(0.1, "fine-tuning: of labels, the share spread over all classes", SHARE),
-    weight_decay=(0.05, "fine-tuning: of matrices, not of biases and norms"),
+    weight_decay=(0.05, "fine-tuning: of all but biases and norms"),
 )
 PROBE_ONLY = ("seeds", "layers", "augment", "rates")
 FINETUNE_ONLY = ("scratch", "drop_ratio", "lr", "layer_decay", "drop_path", "mixup", "smoothing", "weight_decay")
@@ -101,17 +102,21 @@ def open_encoder(args):
     if not args.checkpoint:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
     vit, config = load_encoder(args.checkpoint, args.heads, quiet=processes()[0] > 0)
-    config["img_size"] = [args.img_size] * 2 if args.img_size else config["img_size"]
-    ViT.grid_of(config["img_size"], vit.patch)
+    if args.img_size:  # positions are interpolated once, and what is saved later has this size
+        config["img_size"] = vit.config["img_size"] = [args.img_size] * 2
+        grid = ViT.grid_of(config["img_size"], vit.patch)
+        vit.pos_embed.data, vit.grid = vit.positions(grid).data.clone(), grid
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise InputError(f"--json {args.json}: no such folder")
     args.data = args.data or config.get("data", "demo.npz")
     return vit, config
 
 
-def open_labelled(args, config):
-    """Training and test images with labels, of the size that the network needs."""
+def open_labelled(args, config, whole=False):
+    """Training and test images with labels, of the size that the network needs; whole: see open_images."""
     rank, world = processes()
     with process_0_first():
-        sets = open_images(args.data)
+        sets = open_images(args.data, whole=whole)
     if any(s.labels is None for s in sets):
         raise InputError(f"--data {args.data} has no labels: this needs class folders, or labels in the .npz")
     if sets[0].channels != config["in_chans"]:
@@ -129,8 +134,7 @@ def report(task, args, config, results):
     if processes()[0] == 0:
         print(json.dumps(result), flush=True)
         if args.json:
-            with reading(args.json, "file to write"):
-                Path(args.json).write_text(json.dumps(result) + "\n")
+            Path(args.json).write_text(json.dumps(result) + "\n")
     return result
 
 
@@ -181,7 +185,7 @@ def drop_tokens(x, ratio):
     n = max(1, int(x.shape[1] * (1 - ratio) + 1e-6))
     like = F.cosine_similarity(x.float(), x.float().mean(dim=1, keepdim=True), dim=-1)
     index = like.topk(n, dim=1, largest=False)[1]
-    return torch.cat([cls, x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
+    return torch.cat([cls, gather_tokens(x, index)], dim=1)
 
 
 def stages_of(depth):
@@ -211,8 +215,8 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def encode(self, imgs, feature):
-        """(B, C, h, w) -> (B, width), as features() asks."""
+    def encode(self, imgs):
+        """(B, C, h, w) -> (B, width)."""
         x, out, depth = self.vit.embed(imgs), [], len(self.vit.blocks)
         for i, block in enumerate(self.vit.blocks):
             p = block.drop_path if self.training else 0
@@ -221,21 +225,20 @@ class Classifier(nn.Module):
                 x = drop_tokens(x, self.ratio)
             x = x + drop_path(block.mlp(block.norm2(x)), p)
             if i >= depth - self.layers:
-                out.append(pooled(self.vit.norm(x), feature))
+                out.append(pooled(self.vit.norm(x), self.feature))
         return torch.cat(out, dim=1)
 
     def forward(self, imgs):
         """(B, C, h, w) -> logits (B, classes)."""
-        return self.head(self.norm(self.encode(imgs, self.feature)))
+        return self.head(self.norm(self.encode(imgs)))
 
 
 def predict(net, images, config, device, args):
     """Logits of all images, (N, classes)."""
-    training, logits = net.training, SimpleNamespace(encode=lambda x, feature: net(x))
-    net.eval()
-    found = features(logits, images, config, device, args.precision, args.batch, args.workers)
+    training = net.training
+    logits = features(net.eval(), images, config, device, args.precision, args.batch, args.workers)
     net.train(training)
-    return found
+    return logits
 
 
 def save_classifier(file, net, config, classes):
@@ -249,7 +252,7 @@ def apply(args, state, vit, config, device):
     with reading(args.checkpoint, "classifier"):
         net = Classifier(vit, len(state["classes"]), **state["how"])
         net.load_state_dict(state["classifier"])
-    _, test = open_labelled(args, config)
+    _, test = open_labelled(args, config, whole=True)
     unknown = [c for c in test.classes if c not in state["classes"]]
     if unknown:
         raise InputError(f"--data {args.data} has classes that were not trained: {', '.join(unknown[:5])}")
@@ -289,8 +292,8 @@ def probe(args, net, train, test, config, device):
     """Linear accuracy, percent, of one draw of labels. The rate is chosen on the last tenth of the training images."""
     rank, world = processes()
     classes, how = len(train.classes), (config, device, args.precision, args.batch, args.workers)
-    y, test_x = train.labels.to(device), features(net, test, *how)
-    x = None if args.augment else features(net, train, *how)
+    y, test_x = train.labels.to(device), features(net.encode, test, *how)
+    x = None if args.augment else features(net.encode, train, *how)
 
     def pairs(n, batch, total):  # features and labels of the batches of a run over the first n images
         if not args.augment:
@@ -301,7 +304,7 @@ def probe(args, net, train, test, config, device):
             draws = my_rows(sample_mixes(mixes, step, train.side, config), device)
             with torch.no_grad(), autocast(device, args.precision):
                 crops = augment(imgs, draws, config["img_size"], *statistics(config, device))
-                found = net.encode(crops, config["feature"]).float()
+                found = net.encode(crops).float()
             yield torch.cat(gather(found)), torch.cat(gather(y[index]))
 
     def fit(n, rates):
@@ -318,7 +321,7 @@ def probe(args, net, train, test, config, device):
     tried, n = {}, len(train)
     kept = n - max(n // 10, min(classes, n // 2))  # held out: a tenth, but as many as classes, and at most half
     if 1 < kept < n and len(args.rates) > 1:
-        held = features(net, train.pick(range(kept, n)), *how) if x is None else x[kept:]
+        held = features(net.encode, train.pick(range(kept, n)), *how) if x is None else x[kept:]
         tried = dict(zip(args.rates, accuracy(fit(kept, args.rates), held, y[kept:]), strict=True))
     rate = max(tried, key=tried.get) if tried else args.rates[len(args.rates) // 2]
     if rank == 0 and tried and rate in (args.rates[0], args.rates[-1]):
@@ -338,9 +341,9 @@ def probe_seeds(args, vit, train, test, config, device):
     for seed in range(args.seed, args.seed + args.seeds):
         some = train.pick(share_of_labels(train.labels, args.labels, seed))
         found.append(probe(SimpleNamespace(**vars(args) | dict(seed=seed)), net, some, test, config, device))
-    if args.out and processes()[0] == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        save_classifier(Path(args.out) / "classifier.pt", net, config, train.classes)
+        if args.out and seed == args.seed and processes()[0] == 0:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            save_classifier(Path(args.out) / "classifier.pt", net, config, train.classes)
     values = [f["linear"] for f in found]
     result = dict(found[0], linear=round(float(np.mean(values)), 2), feature=config["feature"], test=len(test))
     return result | (
@@ -406,6 +409,7 @@ def finetune(args, vit, train, test, config, device):
     feature = args.feature or config["feature"]
     config = dict(config, feature=feature)
     torch.manual_seed(args.seed)
+    args.encoder = float(sum(p.double().abs().sum() for p in vit.parameters()))  # a run resumes from the same one only
     vit = ViT(**vit.config) if args.scratch else vit
     vit.pos_embed.requires_grad_(True)
     for block, rate in zip(vit.blocks, torch.linspace(0, args.drop_path, len(vit.blocks)).tolist(), strict=True):
@@ -424,18 +428,18 @@ def finetune(args, vit, train, test, config, device):
         print(f"warning: --batch {batch}, not {args.batch}: pairs for mixup, as many in each process")
     args.batch, args.method, args.steps = batch, "finetune", None
     name = Path(args.checkpoint).parent.name if Path(args.checkpoint).stem == "last" else Path(args.checkpoint).stem
-    args.out = args.out or f"runs/finetune-{name}" + "-scratch" * args.scratch
+    name += "-scratch" * args.scratch + f"-drop{args.drop_ratio}" * (args.drop_ratio > 0)
+    args.out = args.out or f"runs/finetune-{name}"
     run = Run(args, net, vit, optimizer, scaler, train, None)
     run.resume()
     net.train()
 
     labels, start, first = train.labels.to(device), time.perf_counter(), run.first
-    keys = batches(len(train), batch, first, run.stop, args.seed)
     warmup = min(5, args.epochs / 10) * run.steps_per_epoch
-    for (step, imgs), (index, _) in zip(run.steps(train), keys, strict=False):
+    for step, imgs in run.steps(train):
         lr = cosine(step, run.total, args.lr * batch / 256, 1e-6, warmup)
         draws = my_rows(sample_mixes(args, step, train.side, config), device)
-        y = labels[torch.as_tensor(index).to(device, non_blocking=True)]
+        y = labels[torch.as_tensor(run.index).to(device, non_blocking=True)]
         loss = finetune_step(net, optimizer, scaler, imgs, y, draws, lr, config["img_size"], args)
         if run.log_due(step):
             value = mean_over_processes(loss).item()
@@ -447,10 +451,10 @@ def finetune(args, vit, train, test, config, device):
             logits = predict(net, test, config, device, args)
             accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
             run.write(step=step + 1, epoch=(step + 1) // run.steps_per_epoch, accuracy=accuracy)
-            run.draw_curve("accuracy")
             run.since += time.perf_counter() - paused
         if run.save_due(step):
             run.save(step)
+            run.draw_curve("accuracy")
     seconds = time.perf_counter() - start
     if rank == 0:
         save_classifier(run.out / "classifier.pt", net.eval(), config, train.classes)
@@ -492,6 +496,8 @@ def check(args):
         raise InputError("--labels must be above 0; --drop-ratio, --drop-path and --smoothing below 1")
     if args.seed < 0 or args.mixup < 0 or (args.layer_decay is not None and args.layer_decay <= 0):
         raise InputError("--seed and --mixup must be 0 or more, --layer-decay above 0")
+    if args.crop_scale != OPTIONS["crop_scale"][0] and not (args.finetune or args.augment):
+        raise InputError("--crop-scale: for --finetune and --augment only")
     if min(args.rates) <= 0 or not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         raise InputError("--rates must be above 0, --crop-scale two shares of the image, the smaller one first")
     args.epochs = args.epochs or (100 if args.finetune else 90)
@@ -507,6 +513,10 @@ def main(argv=None):
     vit, config = open_encoder(args)
     state = load_checkpoint(args.checkpoint)
     if isinstance(state, dict) and "classifier" in state:
+        if args.finetune or args.labels < 1 or args.out or args.feature:
+            raise InputError(
+                f"{args.checkpoint} is a classifier, which is applied and not trained: leave options of training out"
+            )
         return report("classifier", args, config, apply(args, state, vit, config, device))
     train, test = open_labelled(args, config)
     if args.finetune:

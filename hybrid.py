@@ -3,7 +3,7 @@
 Park et al., "What Do Self-Supervised Vision Transformers Learn?", ICLR 2023, arXiv 2305.00729.
 
     python hybrid.py                                 # the images that come with it; minutes on a laptop
-    python hybrid.py --weight 0.5 --data cifar10     # options of dino.py are also those of this script
+    python hybrid.py --weight 0.5 --data cifar10     # with the options of dino.py, but --ablate
     torchrun --nproc-per-node=2 hybrid.py --data photos/
 
 Measured: MEASURED
@@ -90,13 +90,13 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=False)
         between = gradients(encoder) if norms else None
 
         global_views = net.augment(x, d_global, args.img_size, unit, net.mean, net.std)
-        local_views = None
+        local_views = []
         if args.local_crops:
-            local_views = net.augment(x, d_local, [args.local_size] * 2, unit, net.mean, net.std)
+            local_views = [net.augment(x, d_local, [args.local_size] * 2, unit, net.mean, net.std)]  # (V·B, C, h, w)
         with autocast(x.device, args.precision):
             with torch.no_grad():
                 t = net.teacher(global_views).float().unflatten(0, (2, len(x)))
-            s = net.student(global_views, local_views).float().unflatten(0, (-1, len(x)))
+            s = net.student(global_views, *local_views).float().unflatten(0, (-1, len(x)))
         cl, entropy, _ = dino_loss(s, t, net.center, teacher_temp=schedule.teacher_temp)
         scaler.scale(w * cl / args.accumulate).backward()
         if norms:
@@ -158,9 +158,9 @@ def main(argv=None, images=None):
             run.log(step, dino.collapse(row["entropy"], kl, args.prototypes), **row)
         if run.knn_due(step):
             run.measure_knn(step)
-            run.draw_curve()
         if run.save_due(step):
             run.save(step)
+            run.draw_curve()
             sample = prepare(run.sample, run.config)
             dino.draw_attention(net.teacher.vit, sample, net.mean, net.std, run.out / "attention.png")
             mae_pcae.draw(net.mae, sample, run.out / "reconstruction.png")

@@ -19,11 +19,12 @@ The idea of PCAE. Predict features instead of pixels: those of a momentum encode
 patches the student does not. The tokens of an image are redundant, so the teacher drops, stage by stage, those most
 similar to the mean token; attention has spread their content to the others by then. The student predicts what is left.
 
-To read it all, read sections 1 (network) and 4 (training step) of vit.py as well.
+To read it all, read sections 1 (network), 3 (views) and 4 (training step) of vit.py as well. For another loss or target
+change MAE.forward or PCAE.forward.
 
 Differs from the authors' code:
-- Crops and flips run on the device for the whole batch, without rounding to 8 bits. Above 64 px images are decoded as
-  squares, at a random place if oblong. Mean and std are those of the data set.
+- Crops and flips run on the device for the whole batch, without rounding to 8 bits. Images are decoded as squares, at
+  a random place if oblong, of the network's size (above 64 px, of up to twice that). Mean and std: of the data set.
 - The encoder's linear layers start from a truncated normal of 0.02, its patch embedding from PyTorch's default (theirs:
   Xavier-uniform, which the decoder has here too: with small weights it takes long to look beyond positions).
   --norm-pix is on.
@@ -59,11 +60,15 @@ OPTIONS = COMMON | dict(
     size=(["nano", "tiny", "small", "base"], "width, depth and heads of the network", dict(choices=SIZES)),
     patch=([4, 4, 8, 16], "patch size, px", COUNT),
     img_size=([32, None, 96, 224], "input of the network, px: one number, or height and width", PAIR),
-    epochs=([16, 400, 400, 400], "length of the run; the schedules follow it", COUNT),
-    batch=([64, 512, 512, 4096], "images in an optimiser step, over all processes and micro-batches", COUNT),
+    epochs=([16, 400, 400, 400], "length of the run (PCAE on the demo set: 24)", COUNT),
+    batch=(
+        [64, 512, 512, 4096],
+        "images in an optimiser step, over all processes and micro-batches (PCAE, demo: 32)",
+        COUNT,
+    ),
     lr=([8e-3, 1e-3, 3e-4, 1.5e-4], "learning rate for batch 256; scaled with the batch"),
     warmup=([2.0, 20.0, 20.0, 40.0], "epochs over which the learning rate rises"),
-    weight_decay=((0.05, 0.05), "of matrices, at the start and at the end"),
+    weight_decay=((0.05, 0.05), "of all but biases and norms, at the start and at the end"),
     clip=(0.0, "clip the norm of all gradients together; 0 turns clipping off"),
     drop_path=(0.0, "stochastic depth of the encoder", SHARE),
     crop_scale=((0.2, 1.0), "area of the crop, share of the image"),
@@ -185,10 +190,10 @@ class MAE(nn.Module):
 
 CRITERIA = dict(  # redundancy of each token of x (B, N, D), as (B, N): the most redundant are dropped
     mean=lambda x: F.cosine_similarity(x, x.mean(dim=1, keepdim=True), dim=-1),  # the paper's sim(X, mean of X)
-    unit=lambda x: (
-        F.normalize(x, dim=-1).mul(F.normalize(x, dim=-1).mean(dim=1, keepdim=True)).sum(dim=-1)
-    ),  # the code's
-    random=lambda x: torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]),  # tokens come in random order
+    unit=lambda x: F.cosine_similarity(x, F.normalize(x, dim=-1).mean(dim=1, keepdim=True), dim=-1),  # the code's
+    random=lambda x: torch.arange(x.shape[1], device=x.device).expand(
+        x.shape[:2]
+    ),  # noise ordered the tokens: dropping the last is random
 )
 
 
@@ -333,9 +338,9 @@ def main(argv=None, images=None):
             run.log(step, warning, loss=loss, pred_std=pred_std, target_std=target_std, grad_norm=norm, lr=schedule.lr)
         if run.knn_due(step):
             run.measure_knn(step)
-            run.draw_curve()
         if run.save_due(step):
             run.save(step)
+            run.draw_curve()
             picture = dict(mae="reconstruction.png", pcae="tokens.png")[args.method]
             draw(net, prepare(run.sample, run.config), run.out / picture)
     return run.finish()

@@ -67,7 +67,7 @@ for method, runs in done.items():
     minutes = [max(row.get("seconds", 0) for row in log) / 60 for log in rows]
     columns = [[near(r[r["feature"]]) for r in knn], [near(r["untrained"]) for r in knn]]
     columns += [[read(run / "linear.json")["linear"] for run in runs], [read(run / "finetune.json")["finetuned"] for run in runs]]
-    epochs = (runs[0] / "epochs").read_text().strip()
+    epochs = (out / f"{method}.epochs").read_text().strip()
     print(f"| {method} | {len(runs)} | {epochs} | {statistics.mean(minutes):.1f} | " + " | ".join(map(cell, columns)) + " |")
 PY
     mv "$out/table.part" "$out/table.md"
@@ -77,10 +77,10 @@ for m in $methods; do
     for seed in $(seq 0 $((seeds - 1))); do
         run=$out/$m-$seed
         mkdir -p "$run"
-        if [ ! -s "$run/epochs" ]; then # images/s over the last of a few steps say how many epochs fit
+        if [ ! -s "$out/$m.epochs" ]; then # images/s over the last of a few steps say how many epochs fit
             rm -rf "$out/speed"
             train "$m" "$out/speed" --epochs 2 --warmup 0 --steps 40
-            "$python" - "$out/speed/log.jsonl" "$minutes" >"$run/epochs" <<'PY'
+            "$python" - "$out/speed/log.jsonl" "$minutes" >"$out/$m.epochs" <<'PY'
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
 speed = [r["images_per_s"] for r in rows if "images_per_s" in r][-1]
@@ -88,7 +88,7 @@ print(max(2, round(float(sys.argv[2]) * 60 * speed / rows[0]["images"])))
 PY
             rm -rf "$out/speed"
         fi
-        train "$m" "$run" --epochs "$(cat "$run/epochs")" --seed "$seed"
+        train "$m" "$run" --epochs "$(cat "$out/$m.epochs")" --seed "$seed"
         json "$run/knn.json" "$python" "$here/eval_knn.py" "$run/last.pt" --precision auto
         json "$run/linear.json" "$python" "$here/eval_linear.py" "$run/last.pt"
         tune=("$python" "$here/eval_linear.py" "$run/last.pt" --finetune --epochs "$finetune")

@@ -20,8 +20,8 @@ all, read sections 1 (network), 3 (views) and 4 (training step) of vit.py as wel
 
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order, no rounding to 8 bits in
-  between, blur's sigma in pixels of a 224 px image. Above 64 px images are decoded as squares, at a random place if
-  oblong. Mean and std are those of the data set.
+  between, blur's sigma in pixels of a 224 px image. Images are decoded as squares, at a random place if oblong, of
+  the network's size (above 64 px, of up to twice that). Mean and std are those of the data set.
 - Block-wise masks: a block too many is thinned at random, and what 12 blocks leave is filled at random (theirs: redrawn
   up to ten times, then the same). Random masks work (theirs: disabled).
 - The target network moves at the end of a step (theirs: at the beginning of the next; apart from the first, the same).
@@ -39,6 +39,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
@@ -69,7 +70,7 @@ OPTIONS = COMMON | dict(
     batch=([64, 512, 512, 4096], "images in an optimiser step, over all processes and micro-batches", COUNT),
     lr=([4e-3, 1e-3, 5e-4, 6.25e-5], "learning rate for batch 256; scaled with the batch"),
     warmup=([1.0, 20.0, 20.0, 40.0], "epochs over which the learning rate rises"),
-    weight_decay=((0.05, 0.05), "of matrices, at the start and at the end"),
+    weight_decay=((0.05, 0.05), "of all but biases and norms, at the start and at the end"),
     clip=(1.0, "clip the norm of all gradients together; 0 turns clipping off"),
     drop_path=(0.0, "stochastic depth of the online encoder", SHARE),
     crop_scale=([(0.3, 1.0), (0.2, 1.0), (0.08, 1.0), (0.08, 1.0)], "area of the crops, share of the image"),
@@ -196,16 +197,9 @@ def augment(imgs, draws, size, unit, mean, std):
 # model and loss ------------------------------------------------------------------------------------------------------
 
 
-class MeanOverProcesses(torch.autograd.Function):
-    """A mean over processes whose gradient is the mean of their gradients (average_and_clip averages once more)."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return mean_over_processes(x.clone())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return mean_over_processes(grad.clone())
+def mean_with_gradient(x):
+    """The mean over processes; all_reduce's own backward sums, so its gradient is the mean of their gradients."""
+    return torch.distributed.nn.functional.all_reduce(x) / dist.get_world_size()
 
 
 class TokenBatchNorm(nn.Module):
@@ -219,8 +213,8 @@ class TokenBatchNorm(nn.Module):
         if not (dist.is_initialized() and self.training):
             return F.batch_norm(x.flatten(0, 1), None, None, self.weight, self.bias, True, eps=self.eps).view_as(x)
         y = x.float()
-        mean = MeanOverProcesses.apply(y.mean(dim=(0, 1)))
-        var = MeanOverProcesses.apply((y - mean).square().mean(dim=(0, 1)))
+        mean = mean_with_gradient(y.mean(dim=(0, 1)))
+        var = mean_with_gradient((y - mean).square().mean(dim=(0, 1)))
         return ((y - mean) * (var + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 
@@ -311,8 +305,9 @@ def correlation(z):
 def siameseim_loss(pred, target, c, weight=0.02):
     """(|y - z|² + λ yᵀ C y) / D, mean over tokens: like its target, unlike all others (UniGrad, arXiv 2112.05141).
 
-    If all targets were one vector z, the best prediction were z / (1 + λD), with loss λD / (1 + λD): that keeps targets
-    apart only if λD is large. Published: 15. With λ = .02 and D = 64 it is 1.3, and targets differ by a few percent.
+    If all targets were one vector z, the best prediction would be z / (1 + λD), with loss λD / (1 + λD): that keeps
+    targets apart only if λD is large. Published: 15. With λ = .02 and D = 64 it is 1.3, and targets differ by a few
+    percent.
     pred y, target z (B, N, D); c (D, D): correlation of the targets over the whole batch. Returns the loss, and the
     uniformity term yᵀ C y / D.
     """
@@ -377,7 +372,8 @@ def draw_pairs(net, imgs, draws, args, file):
     """For each of imgs, uint8 (B, C, S, S): both boxes (a red, b blue), view a, what is visible of it, view b, and how
     well each position of b is predicted: cosine of prediction and target, black 0 or less, white 1.
     """
-    d, side, (h, w) = {k: v[: len(imgs)].to(imgs.device) for k, v in draws.items()}, imgs.shape[-1], net.grid
+    imgs, side, (h, w) = imgs[: len(draws["box"])], imgs.shape[-1], net.grid
+    d = {k: v[: len(imgs)].to(imgs.device) for k, v in draws.items()}
     a, b = augment(imgs, d, args.img_size, max(args.img_size) / 224, net.mean, net.std).chunk(2)
     pred = net(a, d["visible"], d["box"], d["flip"], side).float()
     like = F.cosine_similarity(pred, net.targets(b), dim=-1).view(-1, 1, h, w)
@@ -424,9 +420,9 @@ def main(argv=None, images=None):
             run.log(step, warning, **row)
         if run.knn_due(step):
             run.measure_knn(step)
-            run.draw_curve()
         if run.save_due(step):
             run.save(step)
+            run.draw_curve()
             net.eval()  # process 0 draws alone: BatchNorm must not wait for the others
             draw_pairs(net, run.sample, sample_step(args, 0, train.side), args, run.out / "views.png")
             net.train()

@@ -105,15 +105,17 @@ class Attention(nn.Module):
     def split(self, x):  # (B, N, D) -> queries, keys, values, each (B, H, N, D/H)
         return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
 
-    def maps(self, x):  # (B, N, D) -> softmax attention (B, H, N, N): one row per query, rows sum to one
-        q, k, _ = self.split(x)
+    def weights(self, q, k):  # softmax attention (B, H, N, N): one row per query, rows sum to one
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def maps(self, x):  # (B, N, D) -> (B, H, N, N)
+        return self.weights(*self.split(x)[:2])
 
     def forward(self, x, queries=None):
         q, k, v = self.split(x)
         q = q[:, :, :queries]
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there the fused kernel's backward is 6x slower
-            x = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+            x = self.weights(q, k) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
@@ -240,7 +242,7 @@ def pooled(x, feature):
 # 2 images -------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"}
-IN_MEMORY = 2**31  # bytes: larger sets are decoded again and again as they are needed
+IN_MEMORY = 2**31  # bytes, as squares: larger sets are decoded again and again as they are needed
 
 
 @contextlib.contextmanager
@@ -379,6 +381,7 @@ def list_images(root):
         if (key.st_dev, key.st_ino) in seen:  # a link that leads back
             subfolders.clear()
             continue
+        subfolders[:] = [s for s in subfolders if s[0] != "."]
         seen.add((key.st_dev, key.st_ino))
         found += [os.path.join(folder, f) for f in files if os.path.splitext(f)[1].lower() in SUFFIXES and f[0] != "."]
     return sorted(found)
@@ -423,15 +426,16 @@ def open_cifar(name):
     from torchvision import datasets
 
     sets = [getattr(datasets, name.upper())("data", train=train, download=True) for train in (True, False)]
-    return [(torch.from_numpy(s.data).permute(0, 3, 1, 2), s.targets) for s in sets]
+    return [(torch.from_numpy(s.data).permute(0, 3, 1, 2), np.array(s.classes)[s.targets]) for s in sets]
 
 
-def open_images(data="demo.npz", label="labels"):
+def open_images(data="demo.npz", label="labels", whole=False):
     """Training and test images of a data set, two `Images`. Files are listed, not yet decoded: see Images.at.
 
     data: "demo.npz", any .npz, "cifar10", "cifar100", a folder with train/ and test/ (or val/) of class folders, a
     folder of class folders, or a folder of loose images at any depth. Of labelled images without a test split every
-    tenth is a test image; where there are no labels both are the same. Raises InputError if nothing usable is there.
+    tenth is a test image; without labels, or with `whole`, both are then the same. Raises InputError if nothing usable
+    is there.
     """
     path = Path(__file__).with_name("demo.npz") if data == "demo.npz" and not Path(data).exists() else Path(data)
     with reading(data, "data set"):
@@ -448,7 +452,7 @@ def open_images(data="demo.npz", label="labels"):
         labels = list(torch.from_numpy(numbers.reshape(-1)).long().split([len(n) for n in known]))
         sets = [Images(items, None if n is None else labels.pop(0), map(str, classes)) for items, n in splits]
     train, test = sets[0], sets[-1]
-    if test is train and train.labels is not None:
+    if test is train and train.labels is not None and not whole:
         tenth = range(9, len(train), 10)
         return train.pick([i for i in range(len(train)) if i not in tenth]), train.pick(tenth or range(len(train)))
     return train, test
@@ -606,8 +610,8 @@ def gaussian_blur(x, sigma, radius):
         weight = torch.exp(-0.5 * (k / sigma[:, None].clamp(min=1e-3)) ** 2)
         source = (torch.arange(n, device=x.device)[:, None] + k).abs()  # pixel i takes weight k from pixel i + k,
         source = torch.where(source < n, source, 2 * n - 2 - source)  # reflected at the borders
-        spread = F.one_hot(source, n).to(x)  # (n, 2r+1, n)
-        return torch.einsum("bk,ikj->bij", weight / weight.sum(dim=1, keepdim=True), spread)[:, None]
+        one_hot = F.one_hot(source, n).to(x)  # (n, 2r+1, n)
+        return torch.einsum("bk,ikj->bij", weight / weight.sum(dim=1, keepdim=True), one_hot)[:, None]
 
     return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).transpose(-2, -1)
 
@@ -631,7 +635,7 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def adamw(net, precision, betas=(0.9, 0.999)):
-    """AdamW for the parameters that learn, matrices in the group with weight decay; and fp16's gradient scaler."""
+    """AdamW for the parameters that learn, biases and norms in a group without weight decay; and fp16's scaler."""
     params = [p for p in net.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim <= 1])]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
@@ -639,7 +643,7 @@ def adamw(net, precision, betas=(0.9, 0.999)):
 
 
 def set_rates(optimizer, lr, weight_decay):
-    """This step's learning rate, and weight decay: of matrices, not of biases and norms."""
+    """This step's learning rate, and weight decay, of all but biases and norms."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay
@@ -733,19 +737,21 @@ def pixels(x):
 
 
 @torch.no_grad()
-def features(vit, images, config, device, precision="fp32", batch=256, workers=2):
-    """One vector per image, vit.encode(x, config["feature"]): (N, D), fp32, on the device.
+def features(encode, images, config, device, precision="fp32", batch=256, workers=2):
+    """encode(x) of all images, (N, D), fp32, on the device. encode: network input (B, C, h, w) -> vectors (B, D).
 
-    vit None: raw pixels, normalised by channel. With several processes, all of which must
+    With several processes, all of which must
     call this, each encodes its share, and all get all rows.
     """
     rank, world = processes()
+    if len(images) < world:
+        raise InputError(f"{len(images)} images are too few for {world} processes")
     mine = images if world == 1 else images.pick(range(rank, len(images), world))
     out, done = None, 0
     for imgs in stream(mine, in_order(mine, batch), device, workers):
         x = prepare(imgs, config)
         with autocast(device, precision):
-            found = pixels(x) if vit is None else vit.encode(x, config["feature"]).float()
+            found = encode(x).float()
         if out is None:  # preallocated, so that memory does not fragment
             out = found.new_zeros(-(-len(images) // world), found.shape[1])
         out[done : done + len(found)] = found
@@ -830,10 +836,11 @@ def load_encoder(file, heads=None, quiet=False):
     """A ViT with the weights of a checkpoint, and what is needed to use it: (vit, config).
 
     Reads ours (last.pt, weights/*.pt), the authors' (DINO, MAE, PCAE, SiameseIM) and timm's files; wrappers' prefixes
-    are stripped. config: the ViT's arguments, mean and std (of pixels in [0, 1]), and feature, the vector that the
-    method's authors evaluate: "cls", or "mean" for SiameseIM. heads: files of others do not tell; those that SIZES has
-    for the width are assumed. Raises InputError where a tensor is missing or has another shape, and for parts that
-    would be left out although they change the output (fc_norm, register tokens, LayerScale, relative positions).
+    are stripped. config: the ViT's arguments, mean and std (of pixels in [0, 1]), and feature, the vector to evaluate:
+    that of our run; for files of others "cls", or "mean" where there is no final norm (SiameseIM). heads: files of
+    others do not tell; those that SIZES has for the width are assumed. Raises InputError where a tensor is missing or
+    has another shape, and for parts that would be left out although they change the output (fc_norm, register tokens,
+    LayerScale, relative positions).
     """
     found = load_checkpoint(file)
     with reading(file, "ViT"):
@@ -842,7 +849,7 @@ def load_encoder(file, heads=None, quiet=False):
         unused = ", ".join(unused)[:200] or "nothing"
         print(f"{file}: all {len(vit.state_dict())} tensors of the ViT found; not used: {unused}", file=sys.stderr)
         if "method" not in config:
-            print(f"  {config['heads']} attention heads assumed: another number needs --heads", file=sys.stderr)
+            print(f"  {config['heads']} attention heads assumed (--heads in evaluations)", file=sys.stderr)
     return vit, config
 
 
@@ -852,6 +859,9 @@ def build_encoder(file, found, heads):
     config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls") | found.get("config", {})
     for key in ("encoder", "model", "state_dict", "teacher", "student"):
         found = found[key] if isinstance(found.get(key), dict) else found
+    named = [PREFIXES.sub("", str(k)) for k, v in found.items() if torch.is_tensor(v)]
+    if len(set(named)) < len(named):
+        raise InputError(f"{file} holds several networks whose names differ by a prefix: save one of them alone")
     weights = {
         PREFIXES.sub("", str(k)): v.float() for k, v in found.items() if torch.is_tensor(v) and not v.is_complex()
     }
@@ -865,7 +875,6 @@ def build_encoder(file, found, heads):
         heads = heads or next((s["heads"] for s in SIZES.values() if s["dim"] == dim), dim // 64)
         config |= dict(img_size=[side, side], patch=patch, in_chans=in_chans, dim=dim, depth=depth, heads=heads)
         config |= dict(pos="learned", norm=norm, feature="cls" if norm else "mean")
-    config["heads"] = heads or config["heads"]
     sizes = [*config["img_size"], *(config[k] for k in ("patch", "in_chans", "dim", "depth", "heads"))]
     if not all(type(s) is int and s > 0 for s in sizes) or config["feature"] not in ("cls", "mean", "both"):
         raise ValueError(f"its config is {config}")
@@ -883,7 +892,7 @@ def build_encoder(file, found, heads):
 
 def start_from(file, vit, net):
     """--init: copies an encoder's weights into `vit`, its positions interpolated, and its mean and std into `net`."""
-    encoder, found = load_encoder(file)
+    encoder, found = load_encoder(file, quiet=processes()[0] > 0)
     for k in ("patch", "in_chans", "dim", "depth", "heads", "norm"):
         if found[k] != vit.config[k]:
             raise InputError(f"--init {file} has another shape: {k} {found[k]}, not {vit.config[k]}")
@@ -923,6 +932,12 @@ def cli(main):
     return wrapped
 
 
+def natural(text):
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return int(text)
+
+
 def positive(text):
     if int(text) < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
@@ -945,7 +960,11 @@ COMMON = dict(  # options of every training script
     out=(None, "folder for last.pt, log.jsonl and pictures; a run found there resumes (runs/METHOD-DATA)"),
     preset=(None, "which defaults to use (chosen by the size of the images)", dict(choices=PRESETS)),
     steps=(None, "stop after so many steps from the start of the run; schedules stay", COUNT),
-    accumulate=(1, "micro-batches in a step: less memory, the same result", COUNT),
+    accumulate=(
+        1,
+        "micro-batches in a step: less memory, the same gradient (drop path and --ablate infonce aside)",
+        COUNT,
+    ),
     workers=(2, "processes that decode images, where a set does not fit into memory"),
     device=DEVICE,
     precision=PRECISION,
@@ -965,7 +984,7 @@ def options(doc, table, argv=None, **fixed):
     p.epilog = "Four defaults are those of the presets: " + ", ".join(PRESETS)
     for name, (default, text, *more) in table.items():
         example = default[0] if isinstance(default, list) else default
-        kind = dict(type=type(example)) if example is not None else {}
+        kind = dict(type=natural if type(example) is int else type(example)) if example is not None else {}
         if isinstance(example, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(example, tuple):
@@ -986,6 +1005,8 @@ def settle(args, table, side):
         value = getattr(args, name)
         value = default[PRESETS.index(args.preset)] if value is None and isinstance(default, list) else value
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
+    if isinstance(args.img_size, list) and len(args.img_size) > 2:
+        raise InputError(f"--img-size {args.img_size}: give one number, or height and width")
     args.img_size = args.img_size or side // args.patch * args.patch
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else (args.img_size * 2)[:2]
     if any(s < args.patch or s % args.patch for s in args.img_size):
@@ -1040,6 +1061,8 @@ def load_data(args, table, images=None):
     be shared among processes.
     """
     rank, world = processes()
+    if images and args.data == "demo.npz":
+        args.data = "own"  # for the name of the folder
     with process_0_first():
         train, test = images or open_images(args.data)
     settle(args, table, train.side)
@@ -1070,23 +1093,22 @@ class Run:
     """
 
     lock, handlers = None, {}  # the open lock file of this process, and the signal handlers from before
-    may_change = ("steps", "workers", "out")  # these options may differ when a run resumes
+    may_change = ("steps", "workers", "out", "device", "json")  # these options may differ when a run resumes
     minute = 60  # seconds between two saves, at least
 
     def __init__(self, args, net, vit, optimizer, scaler, train, test):
         self.args, self.net, self.vit, self.out, self.optimizer = args, net, vit, Path(args.out), optimizer
         self.parts = dict(net=net, optimizer=optimizer, scaler=scaler)  # what training needs to resume
         self.device, (self.rank, self.world) = net.mean.device, processes()
-        self.config = vit.config | dict(method=args.method, data=args.data, feature=net.feature)
-        self.config |= {k: getattr(net, k).flatten().tolist() for k in ("mean", "std")}
+        self.images = len(train)
         self.steps_per_epoch = len(train) // args.batch
         self.total = args.epochs * self.steps_per_epoch
         self.first, self.stop = 0, min(self.total, args.steps or self.total)
-        small = lambda images, n: images.subset(n).at(images.side, quiet=True)
+        small = lambda images, n: images.subset(n).at(resize_side(args.img_size), quiet=True)
         self.sets = (small(train, 4000), small(test, 800)) if test is not None else None  # for k-NN
         some = train.subset(4)  # for pictures
         self.sample = torch.stack([some[i, 0.5] for i in range(len(some))]).to(self.device)
-        self.signal = self.leave = 0
+        self.asked = self.leave = 0  # the signal that came; the one that all processes agreed to stop for
         Run.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.rank == 0:
             self.lock_folder()
@@ -1109,6 +1131,12 @@ class Run:
         except OSError as e:
             raise InputError(f"--out {self.out} cannot be written ({e})") from None
 
+    @property
+    def config(self):
+        """What load_encoder needs besides the weights."""
+        config = self.vit.config | dict(method=self.args.method, data=self.args.data, feature=self.net.feature)
+        return config | {k: getattr(self.net, k).flatten().tolist() for k in ("mean", "std")}
+
     @staticmethod
     def release():
         """When main ends: gives the lock, the signal handlers and the process group back."""
@@ -1120,9 +1148,9 @@ class Run:
             dist.destroy_process_group()
 
     def on_signal(self, number, _):
-        if self.signal:  # a second Ctrl-C: leave at once
+        if self.asked and number == signal.SIGINT:  # a second Ctrl-C: leave at once
             raise SystemExit(128 + number)
-        self.signal = number
+        self.asked = number
 
     def say(self, text):
         if self.rank == 0:
@@ -1149,10 +1177,15 @@ class Run:
 
     def resume(self):
         """Loads last.pt if there is one, and cuts the log back to it; else begins a new log."""
-        file, options, rows, self.before = self.out / "last.pt", vars(self.args), [dict(args=vars(self.args))], 0.0
+        file, options, rows, self.before = (
+            self.out / "last.pt",
+            vars(self.args),
+            [dict(args=vars(self.args), images=self.images)],
+            0.0,
+        )
         if file.exists():
             state = load_checkpoint(file)
-            if not isinstance(state, dict) or not {"options", "step", *self.parts} <= state.keys():
+            if not isinstance(state, dict) or not {"options", "step", "images", *self.parts} <= state.keys():
                 raise InputError(
                     f"{file} is not a checkpoint of a run of this version: remove it, or give another --out"
                 )
@@ -1162,6 +1195,8 @@ class Run:
                 what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {options.get(k)})" for k in differ[:4])
                 why = f"give another --out, or --init {file} to start from its encoder"
                 raise InputError(f"{self.out} holds a run with {what}: {why}")
+            if state["images"] != self.images:
+                raise InputError(f"{self.out} holds a run on {state['images']} images, now there are {self.images}")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.first, self.before = state["step"], state["seconds"]
@@ -1172,41 +1207,48 @@ class Run:
         if self.first:
             self.say(f"resumes after step {self.first} of {self.stop}")
 
-    def knn(self, vit):
-        """k-NN accuracy, percent (k = 20, T = 0.07), of at most 800 test images among 4,000. vit None: raw pixels."""
-        training = vit is not None and vit.training
-        vit = vit.eval() if training else vit
+    def knn(self, encode):
+        """k-NN accuracy, percent (k = 20, T = 0.07), of at most 800 test images among 4,000."""
         how = (self.config, self.device, self.args.precision, 256, self.args.workers)
-        (a, la), (b, lb) = ((features(vit, s, *how), s.labels.to(self.device)) for s in self.sets)
-        if training:
-            vit.train()
+        (a, la), (b, lb) = ((features(encode, s, *how), s.labels.to(self.device)) for s in self.sets)
         return round(knn(a, la, b, lb)[20][0], 2)
+
+    def encode(self, x):
+        """The encoder's vectors (B, D), in evaluation mode."""
+        training = self.vit.training
+        self.vit.eval()
+        found = self.vit.encode(x, self.net.feature)
+        self.vit.train(training)
+        return found
 
     def baselines(self):
         """Measures k-NN of raw pixels and of the untrained network, if the run begins here."""
         if self.sets is None:
             self.say("no labels: no k-NN")
         elif self.first == 0:
-            found = dict(knn_pixels=self.knn(None), knn_untrained=self.knn(self.vit))
+            found = dict(knn_pixels=self.knn(pixels), knn_untrained=self.knn(self.encode))
             self.write(**found)
             self.say("k-NN before training: " + ", ".join(f"{k[4:]} {v:.1f} %" for k, v in found.items()))
 
     def steps(self, train):
-        """Yields (step, images) and seeds drop path. After Ctrl-C the current step is still logged and saved."""
+        """Yields (step, images) and seeds drop path. After Ctrl-C the current step is still logged and saved
+        (with several processes, up to ten steps later).
+        """
         keys = batches(len(train), self.args.batch, self.first, self.stop, self.args.seed)
-        loader = stream(train, keys, self.device, self.args.workers)
+        keys, loading = itertools.tee(keys)
+        loader = stream(train, loading, self.device, self.args.workers)
         self.started = self.since = self.saved = time.perf_counter()
         self.waited, self.counted, self.saving, self.warned = 0.0, self.first, 0.0, False
         self.updates, self.moved = self.count_updates(), self.first - 1
         self.bar = tqdm(total=self.stop, initial=self.first, unit="step", disable=True if self.rank else None)
         for step in range(self.first, self.stop):
             start = time.perf_counter()
-            imgs = next(loader)
+            imgs, (self.index, _) = next(loader), next(keys)  # index: which images these are
             self.waited += time.perf_counter() - start
-            self.leave = self.signal
-            if self.world > 1:  # that of any process, asked for in every tenth step
-                flag = torch.tensor(float(self.signal), device=self.device)
-                self.leave = int(mean_over_processes(flag) > 0) * signal.SIGTERM if step % 10 == 9 else 0
+            self.leave = self.asked if self.world == 1 else 0
+            if self.world > 1 and step % 10 == 9:  # has any process been asked to stop?
+                asked = mean_over_processes(torch.tensor(float(self.asked), device=self.device))
+                self.leave = signal.SIGTERM if asked > 0 else 0
             torch.manual_seed(((self.args.seed * 1_000_003 + step) * self.world + self.rank) % 2**63)
             yield step, imgs
             self.bar.update()
@@ -1258,7 +1300,7 @@ class Run:
     def measure_knn(self, step):
         """Logs k-NN of the encoder. All processes take part."""
         start, epoch = time.perf_counter(), round((step + 1) / self.steps_per_epoch, 3)
-        found = self.knn(self.vit)
+        found = self.knn(self.encode)
         self.write(step=step + 1, epoch=epoch, knn=found)
         self.say(f"epoch {epoch:g}: k-NN {found:.1f} %")
         self.since += time.perf_counter() - start
@@ -1278,14 +1320,13 @@ class Run:
         start = time.perf_counter()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state.update(step=step + 1, seconds=self.before + start - self.started, options=vars(self.args))
+        state.update(images=self.images)
         save_checkpoint(self.out / "last.pt", state | dict(encoder=self.vit.state_dict(), config=self.config))
         self.saved = time.perf_counter()
         self.saving = self.saved - start
 
     def draw_curve(self, key="knn"):
         """Draws curve.png: the loss, and k-NN beside that of raw pixels and of the untrained network, over epochs."""
-        if self.rank:
-            return
         from matplotlib.figure import Figure  # importing it takes half a second
 
         figure = Figure((8, 3), layout="constrained")
@@ -1293,11 +1334,12 @@ class Run:
         titles = dict(loss="loss", knn="k-NN accuracy, % (k = 20)", accuracy="accuracy, %")
         for axes, name in ((left, "loss"), (right, key)):
             points = [(row["epoch"], row[name]) for row in self.rows() if row.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), label="trained")
+            axes.plot(*zip(*points, strict=True))
             axes.set(xlabel="epoch", title=titles[name])
         for (key, value), style in zip(self.last("knn_pixels", "knn_untrained").items(), (":", "--"), strict=False):
             right.axhline(value, color="grey", linestyle=style, label=key[4:])
-        right.legend()
+        if self.sets:
+            right.legend()
         figure.savefig(self.out / "curve.png", dpi=100)
 
     def finish(self):

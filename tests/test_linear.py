@@ -63,7 +63,7 @@ def test_without_dropping_it_is_the_encoder_and_a_linear_layer(feature):
     net = vit.ViT(16, 4, **vit.SIZES["test"]).eval()
     model, x = eval_linear.Classifier(net, 5, feature).eval(), torch.randn(3, 3, 16, 16)
     close(model(x), model.head(net.encode(x, feature)))
-    layers = eval_linear.Classifier(net, 5, feature, layers=2).eval().encode(x, feature)
+    layers = eval_linear.Classifier(net, 5, feature, layers=2).eval().encode(x)
     assert layers.shape == (3, 2 * model.head.in_features)
     parts = dict(cls=lambda t: t[:, 0], mean=lambda t: t[:, 1:].mean(1))
     parts["both"] = lambda t: torch.cat([parts["cls"](t), parts["mean"](t)], dim=1)
@@ -241,7 +241,7 @@ def test_two_processes_give_the_same(run, options):
         (["run/last.pt", "--finetune", "--lr", "1e5", "--epochs", "3"], "lower --lr"),
         (["run/last.pt", "--batch", "1"], "BatchNorm needs two in a batch"),
         (["run/last.pt", "--rates", "-1"], "--rates must be above 0"),
-        (["run/last.pt", "--crop-scale", "5", "9"], "--crop-scale two shares of the image"),
+        (["run/last.pt", "--augment", "--crop-scale", "5", "9"], "--crop-scale two shares of the image"),
         (["run/last.pt", "--layers", "9"], "this encoder has 2 blocks"),
         (["run/last.pt", "--data", "nowhere"], "no such .npz file or folder"),
     ],

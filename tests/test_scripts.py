@@ -113,6 +113,8 @@ def understood(command, npz):
     script = next(w for w in words if w.endswith(".py"))
     if "/" in script:
         return
+    if "--help" in words:
+        return
     argv = [npz if w in ("photos/", "imagenet/") else w for w in words[words.index(script) + 1 :]]
     module = importlib.import_module(script[:-3])
     if script == "bench.py":
