@@ -263,6 +263,7 @@ def test_links_that_lead_back_and_folders_that_cannot_be_read():
     os.symlink("..", "a/loop")
     os.makedirs("a/closed")
     os.chmod("a/closed", 0)
+    save("a/.ipynb_checkpoints/x.png")
     assert len(vit.list_images("a")) == 1
     os.chmod("a/closed", 0o700)
 
@@ -368,6 +369,9 @@ def test_a_foreign_vit_h_has_sixteen_heads():
     torch.save(vit.ViT(28, 14, **shape).state_dict(), "h.pth")
     assert vit.load_encoder("h.pth")[1]["heads"] == shape["heads"] == 16
     assert vit.load_encoder("h.pth", heads=8)[1]["heads"] == 8  # MoCo v3's ViT-S has 12, not 6: nothing in it tells
+    config = dict(small().config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls")
+    torch.save(dict(encoder=small().state_dict(), config=config), "ours.pt")
+    assert vit.load_encoder("ours.pt", heads=8)[1]["heads"] == 3  # ours do tell
     with pytest.raises(vit.InputError, match="a width of 1280 cannot be divided among 7 attention heads"):
         vit.load_encoder("h.pth", heads=7)
 
@@ -399,6 +403,9 @@ def test_of_pcae_s_files_the_model_is_taken_and_of_dino_s_the_teacher():
     model, teacher = small().state_dict(), {k: v + 1 for k, v in small().state_dict().items()}
     torch.save(dict(model=model, teacher=teacher), "pcae.pth")
     torch.save(dict(student=model, teacher=teacher), "dino.pth")
+    torch.save({f"{k}.{n}": v for k, d in (("teacher", teacher), ("vit", model)) for n, v in d.items()}, "both.pth")
+    with pytest.raises(vit.InputError, match="both.pth holds several networks whose names differ by a prefix"):
+        vit.load_encoder("both.pth")
     for file, expected in (("pcae.pth", model), ("dino.pth", teacher)):
         assert torch.equal(vit.load_encoder(file)[0].cls_token, expected["cls_token"])
 

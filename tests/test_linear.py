@@ -152,7 +152,8 @@ def test_what_was_trained_is_saved_and_applied_to_another_set(run, options, caps
     assert same["results"]["accuracy"] == pytest.approx(found.get("linear", found.get("finetuned")), abs=0.01)
     (x, y), (a, b) = pictures(24, seed=1), pictures(8)
     np.savez("two.npz", images=x[y > 0], labels=y[y > 0])
-    assert apply("--data", "two.npz")["results"]["classes"] == 2
+    two = apply("--data", "two.npz")["results"]
+    assert two["classes"] == 2 and two["test"] == (y > 0).sum()  # all of them: none is for training
     np.savez("new.npz", images=a, labels=b + 5)
     assert "classes that were not trained: 5, 6" in fails(
         eval_linear.main, ["probe/classifier.pt", "--data", "new.npz", "--device", "cpu"], capsys
@@ -187,6 +188,22 @@ def test_finetune_is_repeatable_resumes_and_logs(run):
         eval_linear.main([*options, "--out", "b"])
     assert eval_linear.main([*options, "--out", "b"])["results"]["finetuned"] == first["finetuned"]
     assert same(checkpoint("a"), checkpoint("b")) == []
+
+
+def test_another_image_size_is_that_of_the_saved_classifier(run):
+    options = [*run, "--epochs", "2", "--img-size", "24", "--out", "larger"]
+    found = eval_linear.main(options)["results"]
+    net, config = vit.load_encoder("larger/classifier.pt")
+    assert config["img_size"] == [24, 24] and net.pos_embed.shape[1] == 37
+    again = eval_linear.main(["larger/classifier.pt", "--device", "cpu", "--precision", "fp32"])["results"]
+    assert again["accuracy"] == pytest.approx(found["linear"], abs=0.01)
+
+
+def test_fine_tuning_of_another_encoder_is_not_taken_for_this_one(run, capsys):
+    options = [*run, "--finetune", "--epochs", "1"]
+    eval_linear.main(options)
+    dino.main(tiny("--steps", 3))
+    assert "runs/finetune-run holds a run with --encoder" in fails(eval_linear.main, options, capsys)
 
 
 def test_positions_are_trained_wherever_they_come_from(npz):

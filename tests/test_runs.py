@@ -291,6 +291,17 @@ def test_saves_rest_a_minute_and_fifty_times_their_duration():
     assert not due(0, 999)
 
 
+def test_a_second_ctrl_c_leaves_at_once_but_a_second_sigterm_does_not():
+    """Under torchrun SIGTERM to a whole group reaches a process twice: from the sender and from torchrun."""
+    run = object.__new__(vit.Run)
+    run.asked = 0
+    for _ in range(2):
+        run.on_signal(signal.SIGTERM, None)
+    assert run.asked == signal.SIGTERM
+    with pytest.raises(SystemExit):
+        run.on_signal(signal.SIGINT, None)
+
+
 class Mine:
     """A data set of a user's own: any sequence of images, uint8 (C, height, width)."""
 
@@ -308,6 +319,15 @@ def test_a_data_set_of_ones_own(method):
         tiny("--steps", 2, "--img-size", 16, data="mine", method=method), images=(train, train.subset(9))
     )
     assert result["step"] == 2 and "knn" in result
+
+
+def test_a_data_set_of_ones_own_has_a_folder_of_its_own(monkeypatch):
+    import dino
+
+    train = vit.Images(Mine(), side=20)
+    options = "--size test --patch 4 --img-size 16 --batch 8 --steps 1 --local-size 8"
+    result = dino.main(options.split(), (train, None))
+    assert result["checkpoint"] == "runs/dino-own/last.pt" and Path("runs/dino-own/curve.png").exists()
 
 
 def test_a_backbone_of_ones_own(npz, monkeypatch):
@@ -362,6 +382,10 @@ def test_options_that_differ_from_the_run_in_the_folder(method, npz, capsys):
     line = fails(MAIN[method], tiny("--steps", 2, "--lr", 0.5, method=method), capsys)
     assert "--lr" in line and "(now 0.5)" in line and "--init run/last.pt" in line
     MAIN[method](tiny("--steps", 3, "--workers", 1, method=method))  # these may change
+    with np.load(npz) as z:
+        np.savez(npz, **{k: v[:56] if "train" in k else v for k, v in z.items()})
+    line = fails(MAIN[method], tiny("--steps", 4, method=method), capsys)
+    assert "holds a run on 64 images, now there are 56" in line
 
 
 @dino_fast

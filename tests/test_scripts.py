@@ -196,3 +196,11 @@ def test_bench_measures_a_small_step(method, capsys):
     busy = {k for k, v in first["phases_ms"].items() if v > 0}
     assert busy >= {"data", "augment", "forward", "backward", "optimiser"}, "a phase's function is called otherwise now"
     assert ("ema" in busy) == (method != "mae")
+
+
+def test_tests_that_the_docs_name_are_there():
+    text = "".join((ROOT / f).read_text() for f in ("docs/users.md", "CONTRIBUTING.md"))
+    here = "".join(f.read_text() for f in (ROOT / "tests").glob("*.py"))
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 25 and all(f"def {name}(" in here for name in named)
+    assert all((ROOT / "tests" / name).exists() for name in re.findall(r"`(test_\w+\.py)`", text))

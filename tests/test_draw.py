@@ -1,0 +1,66 @@
+"""draw.py: pictures of a user's own files from any checkpoint, and one line where that cannot be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MAIN, fails, tiny
+from PIL import Image
+
+import draw
+import mae_pcae
+import vit
+
+
+def picture(name="mine.jpg", size=(90, 50)):
+    Image.radial_gradient("L").resize(size).save(name)
+    return name
+
+
+PICTURES = dict(dino=["attention"], siameseim=["attention"], mae=["attention", "reconstruction"])
+PICTURES |= dict(pcae=["attention", "tokens"], hybrid=["attention", "reconstruction"])
+
+
+@pytest.mark.parametrize("method", PICTURES)
+def test_pictures_of_a_run(npz, method):
+    """Beside the checkpoint: two maps and two masks of two heads; three columns of MAE's; five of PCAE's two stages."""
+    MAIN[method](tiny("--steps", 1, method=method))
+    written = draw.main(["run/last.pt", picture()])
+    assert [Path(f).name for f in written] == [f"{kind}-mine.png" for kind in PICTURES[method]]
+    columns = dict(attention=5, reconstruction=3, tokens=5)
+    for kind in PICTURES[method]:
+        with Image.open(f"run/{kind}-mine.png") as img:
+            assert img.size == (columns[kind] * 98 + 2, 98 + 2)
+
+
+def test_of_files_with_an_encoder_alone_attention_is_drawn(npz):
+    MAIN["mae"](tiny("--steps", 1, method="mae"))
+    state = vit.load_checkpoint("run/last.pt")
+    torch.save({k: state[k] for k in ("encoder", "config")}, "bare.pt")
+    assert [Path(f).name for f in draw.main(["bare.pt", picture(), "--out", "here"])] == ["attention-mine.png"]
+    torch.save(vit.ViT(32, 8, **vit.SIZES["tiny"]).state_dict(), "foreign.pth")
+    assert Path(draw.main(["foreign.pth", picture(), "--heads", "4"])[0]).exists()
+
+
+def test_a_reconstruction_uses_the_options_of_its_run(npz, monkeypatch):
+    MAIN["mae"](tiny("--steps", 1, "--no-norm-pix", "--mask-ratio", 0.5, method="mae"))
+    seen = []
+    monkeypatch.setattr(mae_pcae, "draw", lambda net, *_: seen.append((net.norm_pix, net.mask_ratio)))
+    draw.main(["run/last.pt", picture()])
+    assert seen == [(False, 0.5)]
+
+
+def test_files_that_cannot_be_drawn(npz, capsys):
+    MAIN["dino"](tiny("--steps", 1))
+    Path("text.jpg").write_text("no picture")
+    assert "text.jpg is not a readable image" in fails(draw.main, ["run/last.pt", "text.jpg"], capsys)
+    assert "no checkpoint at nowhere.pt" in fails(draw.main, ["nowhere.pt", picture()], capsys)
+    for channels, fits in ((1, True), (5, False)):
+        net = vit.ViT(16, 4, in_chans=channels, **vit.SIZES["test"])
+        config = dict(net.config, mean=[0.5] * channels, std=[0.2] * channels, feature="cls")
+        torch.save(dict(encoder=net.state_dict(), config=config), "bands.pt")
+        if fits:
+            assert draw.main(["bands.pt", picture()])
+        else:
+            line = fails(draw.main, ["bands.pt", picture()], capsys)
+            assert "an image of 3 channels, but the network takes 5" in line
