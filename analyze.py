@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from eval_linear import EVALUATION, accuracies, train_heads
+from eval_linear import EVALUATION, accuracies, report, train_heads
 
 # isort: off
 from vit import InputError, ViT, pooled  # 1 network
@@ -290,83 +290,61 @@ def compare(a, b):
     return margin, float((squares[0] + squares[1]).sqrt())
 
 
-def verdict(claim, what, a, b, sign, found):
-    """Adds a line to `found`: has a - b the expected sign, by more than two standard errors? Empty: not measured."""
+def verdict(claim, what, a, b):
+    """Is a > b, or a < b, as `what` says, by more than two standard errors? a, b: groups; empty: not measured."""
     if not a or not b:
-        return found.append(dict(claim=claim, what=what, verdict="not measured"))
+        return dict(claim=claim, what=what, verdict="not measured")
     margin, error = compare(a, b)
-    kind = "undecided" if not abs(margin) > 2 * error else "holds" if margin * sign > 0 else "fails"
+    as_claimed = margin > 0 if " > " in what else margin < 0
+    kind = "undecided" if not abs(margin) > 2 * error else "holds" if as_claimed else "fails"
     means = [sum(m for m, _ in g) / len(g) for g in (a, b)]
-    found.append(dict(claim=claim, what=what, values=means, margin=margin, error=error, seeds=[len(a), len(b)]))
-    found[-1]["verdict"] = kind
+    return dict(claim=claim, what=what, values=means, margin=margin, error=error, seeds=[len(a), len(b)], verdict=kind)
 
 
 def verdicts(models, results, files):
     """Ten checks from the paper. models: name -> dict(kind, found). results: JSON of others. files: {file: kind}."""
-    cl, mim = ([m["found"] for m in models.values() if m["kind"] == kind] for kind in ("cl", "mim"))
-    found = []
+    groups = [[m["found"] for m in models.values() if m["kind"] == kind] for kind in ("cl", "mim")]
+    mean_and_error = lambda v: (v.mean().item(), (v.std() / len(v) ** 0.5).item())
+    first, last = (lambda d: d[: max(1, len(d) // 3)]), (lambda d: d[-max(1, len(d) // 3) :])
 
     def by_image(name, part):  # over images, of the mean over some depths
-        def one(m):
-            depths = sorted(m["images"][name])
-            v = torch.stack([m["images"][name][d] for d in part(depths)]).mean(dim=0)
-            return v.mean().item(), (v.std() / len(v) ** 0.5).item()
+        value = lambda v: torch.stack([v[d] for d in part(sorted(v))]).mean(dim=0)
+        return [[mean_and_error(value(m["images"][name])) for m in g if name in m["images"]] for g in groups]
 
-        return [[one(m) for m in group if name in m["images"]] for group in (cl, mim)]
+    def probes(part):  # of the linear probes of some depths; binomial error
+        share = lambda m: np.mean(part(m["linear"][:-1])) / 100
+        error = lambda m: math.sqrt(share(m) * (1 - share(m)) / m["test"])
+        return [[(100 * share(m), 100 * error(m)) for m in g if "linear" in m] for g in groups]
 
-    def accuracy(part):  # of the linear probes of some depths; binomial error
-        def one(m):
-            share = np.mean(part(m["linear"][:-1])) / 100
-            return 100 * share, 100 * math.sqrt(share * (1 - share) / m["test"])
-
-        return [[one(m) for m in group if "linear" in m] for group in (cl, mim)]
-
-    first, last = (lambda d: d[: max(1, len(d) // 3)]), (lambda d: d[-max(1, len(d) // 3) :])
-    verdict(1, "attention distance, later third: CL > MIM", *by_image("distance", last), 1, found)
-    verdict(2, "NMI, later third: CL < MIM", *by_image("nmi", last), -1, found)
-    verdict(3, "attention alike across queries, later third: CL > MIM", *by_image("queries", last), 1, found)
-    verdict(3, "attention alike across heads, later third: CL > MIM", *by_image("heads", last), 1, found)
-    clustered = by_image("clustered", lambda d: d[-1:])
-    verdict(4, "token cosine within an image, less the mean token, last block: CL > MIM", *clustered, 1, found)
-    verdict(5, "high against low frequency, all blocks: CL < MIM", *by_image("fourier", lambda d: d[1:]), -1, found)
-    shape = [
-        [(v.mean().item(), (v.std() / len(v) ** 0.5).item()) for m in group if "shape" in m for v in m["shape"][-1:]]
-        for group in (cl, mim)
-    ]
-    verdict(6, "share of shape in what neighbours have in common: CL > MIM", *shape, 1, found)
-    verdict(7, "linear probe, first third of blocks: CL < MIM", *accuracy(first), -1, found)
-    verdict(7, "linear probe, last third of blocks: CL > MIM", *accuracy(last), 1, found)
-
-    def rows(key, kinds):  # from eval_linear.py and eval_dense.py
+    def others(key, *kinds):  # from eval_linear.py and eval_dense.py
         side = lambda r: SIDES.get(r["method"]) or files.get(r["checkpoint"]) or r["method"]
-        kept = [r for r in results if key in r["results"] and side(r) in kinds]
-        kept = [r for r in kept if not r["args"].get("scratch") and not r["args"].get("drop_ratio")]
-        if len({(r["data"], r["args"].get("labels"), r["args"].get("epochs")) for r in kept}) > 1:
+        rows = [r for r in results if key in r["results"] and side(r) in kinds]
+        rows = [r for r in rows if not r["args"].get("scratch") and not r["args"].get("drop_ratio")]
+        if len({(r["data"], r["args"].get("labels"), r["args"].get("epochs")) for r in rows}) > 1:
             raise InputError(f"--results: {key} of several --data, --labels or --epochs cannot be compared")
-        error = lambda r: math.sqrt(max(1e-9, r[key] * (100 - r[key])) / r["test"])
-        return [(r[key], r.get("error") or error(r)) for r in (row["results"] for row in kept)]
+        error = lambda r: r.get("error") or math.sqrt(max(1e-9, r[key] * (100 - r[key])) / r["test"])
+        return [[(r["results"][key], error(r["results"])) for r in rows if side(r) == kind] for kind in kinds]
 
-    verdict(8, "linear probe: CL > MIM", rows("linear", ["cl"]), rows("linear", ["mim"]), 1, found)
-    verdict(
-        8,
-        "fine-tuned (the paper: from ViT-B on): CL < MIM",
-        rows("finetuned", ["cl"]),
-        rows("finetuned", ["mim"]),
-        -1,
-        found,
-    )
-    verdict(
-        9,
-        "linear segmentation, mean IoU (the paper: fine-tuned on COCO): CL < MIM",
-        rows("dense", ["cl"]),
-        rows("dense", ["mim"]),
-        -1,
-        found,
-    )
-    for key, name in (("linear", "linear probe"), ("finetuned", "fine-tuned")):
-        for kind in ("cl", "mim"):
-            verdict(10, f"{name}: hybrid > {kind.upper()}", rows(key, ["hybrid"]), rows(key, [kind]), 1, found)
-    return found
+    shape = [[mean_and_error(v) for m in g if "shape" in m for v in m["shape"][-1:]] for g in groups]
+    claims = [
+        (1, "attention distance, later third: CL > MIM", by_image("distance", last)),
+        (2, "NMI, later third: CL < MIM", by_image("nmi", last)),
+        (3, "attention alike across queries, later third: CL > MIM", by_image("queries", last)),
+        (3, "attention alike across heads, later third: CL > MIM", by_image("heads", last)),
+        (4, "token cosine, one image, less mean token, last block: CL > MIM", by_image("clustered", lambda d: d[-1:])),
+        (5, "high against low frequency, all blocks: CL < MIM", by_image("fourier", lambda d: d[1:])),
+        (6, "share of shape in what neighbours have in common: CL > MIM", shape),
+        (7, "linear probe, first third of blocks: CL < MIM", probes(first)),
+        (7, "linear probe, last third of blocks: CL > MIM", probes(last)),
+        (8, "linear probe: CL > MIM", others("linear", "cl", "mim")),
+        (8, "fine-tuned (the paper: ViT-B and larger): CL < MIM", others("finetuned", "cl", "mim")),
+        (9, "linear segmentation, IoU by image (the paper: COCO): CL < MIM", others("dense", "cl", "mim")),
+        (10, "linear probe: hybrid > CL", others("linear", "hybrid", "cl")),
+        (10, "linear probe: hybrid > MIM", others("linear", "hybrid", "mim")),
+        (10, "fine-tuned: hybrid > CL", others("finetuned", "hybrid", "cl")),
+        (10, "fine-tuned: hybrid > MIM", others("finetuned", "hybrid", "mim")),
+    ]
+    return [verdict(claim, what, *pair) for claim, what, pair in claims]
 
 
 SIDES = dict(dino="cl", mae="mim", pcae="mim")  # what a checkpoint's method says; siameseim and hybrid are both
@@ -379,12 +357,11 @@ def curves(found):
     """Panel name -> the numbers of one model over depth (or over frequency), for the sheet."""
     mean = lambda name: [(d, v.mean().item()) for d, v in sorted(found["images"].get(name, {}).items())]
     steps = lambda name: list(enumerate(found.get(name, [])[:-1], 1))  # the last is the method's own feature
-    names = dict(
-        distance="attention distance, px", nmi="NMI of query and key", queries="attention alike across queries"
-    )
-    names |= dict(heads="attention alike across heads", within="token cosine, one image")
-    names |= dict(clustered="token cosine, one image, less mean token", fourier="log amplitude, highest - DC")
-    names |= dict(fourier_without_dc="log amplitude, highest - lowest", rank="effective rank of an image's tokens")
+    names = dict(distance="attention distance, px", nmi="NMI of query and key")
+    names |= dict(queries="attention alike across queries", heads="attention alike across heads")
+    names |= dict(within="token cosine, one image", clustered="token cosine, one image, less mean token")
+    names |= dict(fourier="log amplitude, highest - DC", fourier_without_dc="log amplitude, highest - lowest")
+    names |= dict(rank="effective rank of an image's tokens")
     out = {title: mean(name) for name, title in names.items()}
     out["log10 singular values of tokens, last block"] = list(enumerate(found["spectrum"][-1], 1))
     out["effective rank of images"] = steps("image_rank")
@@ -420,9 +397,7 @@ def draw_sheet(models, file, patch, grid):
         if panel in marks:
             ax.axhline(marks[panel], color="grey", linestyle=":", label="uniform attention")
             ax.axhline(0.0 if panel == panels[0] else 1.0, color="grey", linestyle="--", label="attention to itself")
-        across = (
-            "frequency of the noise, Nyquist = 1" if "noise" in panel else "rank" if "singular" in panel else "block"
-        )
+        across = "frequency, Nyquist = 1" if "noise" in panel else "rank" if "singular" in panel else "block"
         ax.set(title=panel, xlabel=across)
     for ax in axes[len(panels) :]:
         ax.axis("off")
@@ -550,27 +525,18 @@ def main(argv=None):
         if any(row.values()):
             line(panel, {name: f"{c[-1][1]:.3f}" if c else "-" for name, c in row.items()})
             if "%" in panel:
-                best = {name: max(c, key=lambda point: point[1])[0] for name, c in row.items() if c}
-                line("   its best block", best)
+                line("   its best block", {name: max(c, key=lambda p: p[1])[0] for name, c in row.items() if c})
     for c in claims:
         numbers = ""
         if "margin" in c:
-            numbers = (
-                f": {c['values'][0]:.3f} against {c['values'][1]:.3f}, margin {c['margin']:.3f} ± {c['error']:.3f}, "
-                f"{c['seeds'][0]} and {c['seeds'][1]} encoders"
-            )
+            numbers = ": {:.3f} against {:.3f}, ".format(*c["values"])
+            numbers += f"margin {c['margin']:.3f} ± {c['error']:.3f}, " + "{} and {} encoders".format(*c["seeds"])
         print(f"  claim {c['claim']:2} {c['verdict']:12} {c['what']}{numbers}")
-    results = dict(images=len(sets["test"]), models={n: plain(m) for n, m in models.items()}, claims=plain(claims))
-    result = dict(
-        task="analyze", checkpoint=args.checkpoints, method=None, data=args.data, args=vars(args), results=results
-    )
-    (out / "analysis.json").write_text(json.dumps(result, indent=1))
-    verdict_of = [f"{c['claim']}: {c['verdict']}" for c in claims]
-    last = json.dumps(result | dict(results=dict(out=str(out), images=len(sets["test"]), verdicts=verdict_of)))
-    print(last)
-    if args.json:
-        Path(args.json).write_text(last + "\n")
-    return result
+    full = dict(images=len(sets["test"]), models={n: plain(m) for n, m in models.items()}, claims=plain(claims))
+    (out / "analysis.json").write_text(json.dumps(full, indent=1))
+    summary = dict(out=str(out), images=len(sets["test"]), verdicts=[f"{c['claim']}: {c['verdict']}" for c in claims])
+    args.checkpoint = args.checkpoints
+    return report("analyze", args, {}, summary) | dict(results=full)
 
 
 if __name__ == "__main__":

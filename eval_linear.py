@@ -129,7 +129,7 @@ def open_labelled(args, config, whole=False):
 
 def report(task, args, config, results):
     """Prints the last line: one JSON object with the same keys for every evaluation; also to --json FILE."""
-    result = dict(task=task, checkpoint=str(args.checkpoint), method=config.get("method"), data=args.data)
+    result = dict(task=task, checkpoint=args.checkpoint, method=config.get("method"), data=args.data)
     result |= dict(args=vars(args), results=results)
     if processes()[0] == 0:
         print(json.dumps(result), flush=True)

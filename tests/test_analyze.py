@@ -149,9 +149,9 @@ def test_shape_or_texture_against_a_loop():
 
 
 def test_verdicts_need_two_standard_errors():
-    found = []
-    for a, b in (([(3, 0.1)], [(1, 0.1)]), ([(1, 0.1)], [(3, 0.1)]), ([(3, 1.0)], [(1, 1.0)]), ([], [(1, 0.1)])):
-        analyze.verdict(1, "a > b", a, b, 1, found)
+    groups = ([(3, 0.1)], [(1, 0.1)]), ([(1, 0.1)], [(3, 0.1)]), ([(3, 1.0)], [(1, 1.0)]), ([], [(1, 0.1)])
+    found = [analyze.verdict(1, "a > b", a, b) for a, b in groups]
+    assert [analyze.verdict(1, "a < b", a, b)["verdict"] for a, b in groups[:2]] == ["fails", "holds"]
     assert [f["verdict"] for f in found] == ["holds", "fails", "undecided", "not measured"]
     assert found[0]["margin"] == 2 and found[0]["error"] == pytest.approx(0.02**0.5)
     margin, error = analyze.compare([(1, 0.3), (2, 0.3), (3, 0.3)], [(0, 0.4)])
@@ -177,7 +177,7 @@ def test_the_script(npz, capsys):
     found = result["models"]["d"]["found"]
     assert found["images"]["distance"].keys() == {"1", "2"} and len(found["linear"]) == 3
     assert {c["claim"] for c in result["claims"]} == set(range(1, 11))
-    assert json.loads(vit.Path("an/analysis.json").read_text())["results"]["models"].keys() == kinds.keys()
+    assert json.loads(vit.Path("an/analysis.json").read_text())["models"].keys() == kinds.keys()
     with Image.open("an/analysis.png") as img:
         assert img.width == 1400
     with Image.open("an/queries.png") as img:  # an image and three encoders; two queries of each of three images
