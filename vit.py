@@ -1177,18 +1177,12 @@ class Run:
 
     def resume(self):
         """Loads last.pt if there is one, and cuts the log back to it; else begins a new log."""
-        file, options, rows, self.before = (
-            self.out / "last.pt",
-            vars(self.args),
-            [dict(args=vars(self.args), images=self.images)],
-            0.0,
-        )
+        file, options = self.out / "last.pt", vars(self.args)
+        rows, self.before = [dict(args=options, images=self.images)], 0.0  # seconds before this start
         if file.exists():
             state = load_checkpoint(file)
             if not isinstance(state, dict) or not {"options", "step", "images", *self.parts} <= state.keys():
-                raise InputError(
-                    f"{file} is not a checkpoint of a run of this version: remove it, or give another --out"
-                )
+                raise InputError(f"{file} is not a checkpoint of such a run: remove it, or give another --out")
             old = state["options"]
             differ = [k for k in {**old, **options} if k not in self.may_change and old.get(k) != options.get(k)]
             if differ:
@@ -1216,10 +1210,9 @@ class Run:
     def encode(self, x):
         """The encoder's vectors (B, D), in evaluation mode."""
         training = self.vit.training
-        self.vit.eval()
-        found = self.vit.encode(x, self.net.feature)
+        vectors = self.vit.eval().encode(x, self.net.feature)
         self.vit.train(training)
-        return found
+        return vectors
 
     def baselines(self):
         """Measures k-NN of raw pixels and of the untrained network, if the run begins here."""
@@ -1292,10 +1285,8 @@ class Run:
 
     def knn_due(self, step):
         """After each tenth of the epochs, and at the end."""
-        epoch, rest = divmod(step + 1, self.steps_per_epoch)
-        return self.sets is not None and (
-            step + 1 == self.stop or not rest and epoch % max(1, self.args.epochs // 10) == 0
-        )
+        every = max(1, self.args.epochs // 10) * self.steps_per_epoch
+        return self.sets is not None and (step + 1 == self.stop or (step + 1) % every == 0)
 
     def measure_knn(self, step):
         """Logs k-NN of the encoder. All processes take part."""
