@@ -48,8 +48,9 @@ from pathlib import Path
 out, read = Path(sys.argv[1]), lambda file: json.loads(file.read_text())["results"]
 near = lambda by_k: by_k[min(by_k, key=lambda k: abs(int(k) - 20))]  # of very small sets, fewer
 done = {}
-for file in sorted(out.glob("*/finetune.json"), key=lambda f: f.stat().st_mtime):
-    done.setdefault(file.parent.name.rsplit("-", 1)[0], []).append(file.parent)
+for run in (file.parent for file in sorted(out.glob("*/knn.json"), key=lambda f: f.stat().st_mtime)):
+    if all((run / f"{name}.json").exists() for name in ("linear", "finetune")):
+        done.setdefault(run.name.rsplit("-", 1)[0], []).append(run)
 
 def cell(values):
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
