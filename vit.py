@@ -1070,7 +1070,7 @@ def load_data(args, table, images=None):
     side = top if top <= 64 else max(top, min(2 * top, train.side))  # larger ones leave room for crops
     train = train.at(side, quiet=rank > 0)
     labelled = train.labels is not None and test is not None and test.labels is not None
-    test = test.at(side, quiet=True) if labelled else None
+    test = test.subset(800).at(side, quiet=True) if labelled else None  # for k-NN while training
     say = lambda text: print(f"warning: {text}", file=sys.stderr) if rank == 0 else None
     shares = world * args.accumulate
     if args.batch > len(train) >= shares:
@@ -1104,8 +1104,8 @@ class Run:
         self.steps_per_epoch = len(train) // args.batch
         self.total = args.epochs * self.steps_per_epoch
         self.first, self.stop = 0, min(self.total, args.steps or self.total)
-        small = lambda images, n: images.subset(n).at(resize_side(args.img_size), quiet=True)
-        self.sets = (small(train, 4000), small(test, 800)) if test is not None else None  # for k-NN
+        small = lambda images: images.subset(4000).at(resize_side(args.img_size), quiet=True)
+        self.sets = (small(train), small(test)) if test is not None else None  # for k-NN
         some = train.subset(4)  # for pictures
         self.sample = torch.stack([some[i, 0.5] for i in range(len(some))]).to(self.device)
         self.asked = self.leave = 0  # the signal that came; the one that all processes agreed to stop for
