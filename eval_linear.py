@@ -243,20 +243,21 @@ def predict(net, images, config, device, args):
 
 def save_classifier(file, net, config, classes):
     """What apply() needs: encoder, norm and linear layer with their config, and the names of the classes."""
-    state = dict(classifier=net.state_dict(), how=net.config, encoder=net.vit.state_dict(), classes=classes)
-    save_checkpoint(file, state | dict(config=config | net.vit.config))
+    state = dict(classifier=net.state_dict(), how=net.config, encoder=net.vit.state_dict())
+    save_checkpoint(file, state | dict(config=config | net.vit.config | dict(classes=classes)))
 
 
-def apply(args, state, vit, config, device):
+def apply(args, vit, config, device):
     """Accuracy of a classifier, percent, on test images of another set, by the names of the classes."""
+    state, classes = load_checkpoint(args.checkpoint), config["classes"]
     with reading(args.checkpoint, "classifier"):
-        net = Classifier(vit, len(state["classes"]), **state["how"])
+        net = Classifier(vit, len(classes), **state["how"])
         net.load_state_dict(state["classifier"])
     _, test = open_labelled(args, config, whole=True)
-    unknown = [c for c in test.classes if c not in state["classes"]]
+    unknown = [c for c in test.classes if c not in classes]
     if unknown:
         raise InputError(f"--data {args.data} has classes that were not trained: {', '.join(unknown[:5])}")
-    own = [state["classes"].index(c) for c in test.classes]
+    own = [classes.index(c) for c in test.classes]
     logits = predict(net.to(device), test, config, device, args)[:, own]
     return dict(
         accuracy=round(accuracies(logits[None], test.labels.to(device))[0], 2), test=len(test), classes=len(own)
@@ -300,10 +301,11 @@ def probe(args, net, train, test, config, device):
             yield from ((x[i], y[i]) for i, _ in batches(n, batch, 0, total, args.seed, whole=True))
             return
         keys, mixes = list(batches(n, batch, 0, total, args.seed)), SimpleNamespace(**vars(args) | dict(batch=batch))
+        mean, std = statistics(config, device)
         for step, ((index, _), imgs) in enumerate(zip(keys, stream(train, keys, device, args.workers), strict=True)):
             draws = my_rows(sample_mixes(mixes, step, train.side, config), device)
             with torch.no_grad(), autocast(device, args.precision):
-                crops = augment(imgs, draws, config["img_size"], *statistics(config, device))
+                crops = augment(imgs, draws, config["img_size"], mean, std)
                 found = net.encode(crops).float()
             yield torch.cat(gather(found)), torch.cat(gather(y[index]))
 
@@ -409,7 +411,9 @@ def finetune(args, vit, train, test, config, device):
     feature = args.feature or config["feature"]
     config = dict(config, feature=feature)
     torch.manual_seed(args.seed)
-    args.encoder = float(sum(p.double().abs().sum() for p in vit.parameters()))  # a run resumes from the same one only
+    args.encoder = sum(
+        p.detach().double().abs().sum().item() for p in vit.parameters()
+    )  # a run resumes from the same one only
     vit = ViT(**vit.config) if args.scratch else vit
     vit.pos_embed.requires_grad_(True)
     for block, rate in zip(vit.blocks, torch.linspace(0, args.drop_path, len(vit.blocks)).tolist(), strict=True):
@@ -511,13 +515,12 @@ def main(argv=None):
     check(args)
     device = launch(args)
     vit, config = open_encoder(args)
-    state = load_checkpoint(args.checkpoint)
-    if isinstance(state, dict) and "classifier" in state:
+    if "classes" in config:  # save_classifier wrote it
         if args.finetune or args.labels < 1 or args.out or args.feature:
             raise InputError(
                 f"{args.checkpoint} is a classifier, which is applied and not trained: leave options of training out"
             )
-        return report("classifier", args, config, apply(args, state, vit, config, device))
+        return report("classifier", args, config, apply(args, vit, config, device))
     train, test = open_labelled(args, config)
     if args.finetune:
         return report("finetune", args, config, finetune(args, vit, train, test, config, device))

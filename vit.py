@@ -1320,15 +1320,17 @@ class Run:
         """Draws curve.png: the loss, and k-NN beside that of raw pixels and of the untrained network, over epochs."""
         from matplotlib.figure import Figure  # importing it takes half a second
 
-        figure = Figure((8, 3), layout="constrained")
+        rows, figure = self.rows(), Figure((8, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
         titles = dict(loss="loss", knn="k-NN accuracy, % (k = 20)", accuracy="accuracy, %")
         for axes, name in ((left, "loss"), (right, key)):
-            points = [(row["epoch"], row[name]) for row in self.rows() if row.get(name) is not None]
+            points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
             axes.plot(*zip(*points, strict=True))
             axes.set(xlabel="epoch", title=titles[name])
-        for (key, value), style in zip(self.last("knn_pixels", "knn_untrained").items(), (":", "--"), strict=False):
-            right.axhline(value, color="grey", linestyle=style, label=key[4:])
+        for key, style in (("knn_pixels", ":"), ("knn_untrained", "--")):
+            for row in rows:
+                if key in row:
+                    right.axhline(row[key], color="grey", linestyle=style, label=key[4:])
         if self.sets:
             right.legend()
         figure.savefig(self.out / "curve.png", dpi=100)
