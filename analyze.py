@@ -43,20 +43,12 @@ from vit import features, knn  # 5 evaluation
 from vit import load_encoder  # 6 checkpoints
 from vit import COUNT, cli, launch, options  # 7 runs
 
-FILES = dict(flag="checkpoints", nargs="*")
+FILES, FOLDER = dict(flag="checkpoints", nargs="*"), dict(metavar="DIR")
 OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("checkpoint", "img_size", "limit")} | dict(
-    checkpoints=(
-        None,
-        "runs' last.pt, files of weights/, the authors'; FILE=cl, FILE=mim",
-        FILES,
-    ),
+    checkpoints=(None, "runs' last.pt, files of weights/, the authors'; FILE=cl, FILE=mim", FILES),
     data=(None, "demo.npz, any .npz, cifar10, cifar100, or a folder (what the first was trained on)"),
     out=("runs/analysis", "folder for analysis.json, analysis.png and queries.png"),
-    cue_conflict=(
-        None,
-        "folder with <shape class>/<shape>-<texture>.png (demo.npz has both labels)",
-        dict(metavar="DIR"),
-    ),
+    cue_conflict=(None, "folder of <shape class>/<shape>-<texture>.png (demo.npz has both labels)", FOLDER),
     results=((), "last lines of eval_linear.py and eval_dense.py, as files", dict(nargs="*", type=str, metavar="FILE")),
     limit=(1000, "test images that are measured", COUNT),
     train_images=(5000, "training images of linear probes and k-NN", COUNT),
@@ -174,21 +166,12 @@ def shape_or_texture(features, shapes, textures, k=20):
 # one checkpoint ------------------------------------------------------------------------------------------------------
 
 
-def tokens_by_depth(vit, x):
-    """Tokens (B, 1+N, D) before the first block and after each, before the final norm: yields depth + 1 of them."""
-    x = vit.embed(x)
-    yield x
-    for block in vit.blocks:
-        x = block(x)
-        yield x
-
-
 @torch.no_grad()
 def mean_tokens(vit, images, config, args, device):
     """The mean patch token of all images at each depth: (depth + 1, D)."""
     total = torch.zeros(len(vit.blocks) + 1, vit.dim, dtype=torch.float64)
     for imgs in stream(images, in_order(images, args.batch), device, args.workers):
-        for depth, x in enumerate(tokens_by_depth(vit, prepare(imgs, config))):
+        for depth, x in enumerate(vit.layers(prepare(imgs, config))):
             total[depth] += x[:, 1:].float().mean(dim=1).cpu().double().sum(dim=0)
     return (total / len(images)).float().to(device)
 
@@ -209,7 +192,7 @@ def measure_images(vit, images, config, args, device):
             rows.setdefault(name, {}).setdefault(depth, []).extend(v.reshape(len(v), -1).mean(dim=1).tolist())
 
     for imgs in stream(images, in_order(images, args.batch), device, args.workers):
-        for depth, x in enumerate(tokens_by_depth(vit, prepare(imgs, config))):
+        for depth, x in enumerate(vit.layers(prepare(imgs, config))):
             tokens = x[:, 1:].float()
             bins = fourier_log_amplitude(tokens, grid)
             note(depth, fourier=bins[:, -1], fourier_without_dc=bins[:, -1] - bins[:, min(1, bins.shape[1] - 1)])
@@ -232,8 +215,9 @@ def features_by_depth(vit, images, config, args, device, noise=None):
     """Mean patch tokens of each block, through the final norm; last, the method's own feature: depth+1 of (n, D)."""
 
     def encode(x):
-        layers = vit.layers(x if noise is None else x + noise(x.shape).to(x))
-        return torch.cat([*(pooled(t, "mean") for t in layers), pooled(layers[-1], config["feature"])], dim=1)
+        x = x if noise is None else x + noise(x.shape).to(x)
+        blocks = [vit.norm(t) for t in vit.layers(x)][1:]
+        return torch.cat([*(pooled(t, "mean") for t in blocks), pooled(blocks[-1], config["feature"])], dim=1)
 
     how = dict(batch=args.batch, workers=args.workers)
     return features(encode, images, config, device, **how).chunk(len(vit.blocks) + 1, dim=1)
@@ -261,9 +245,8 @@ def measure_encoder(vit, config, sets, args, device):
         found["noise"] = {}
         for band in bands:
             g = torch.Generator().manual_seed(0)
-            noisy = features_by_depth(
-                vit, sets["test"], config, args, device, lambda s, f=band, g=g: 0.5 * band_noise(s, f, g, bands[1])
-            )
+            noise = lambda shape, band=band, g=g: 0.5 * band_noise(shape, band, g, bands[1])
+            noisy = features_by_depth(vit, sets["test"], config, args, device, noise)
             found["noise"][round(band, 2)] = knn(train[-1], y, noisy[-1], wanted)[20][0] - found["knn"][-1]
     if "shapes" in sets:
         own = features_by_depth(vit, sets["cue"], config, args, device) if "cue" in sets else test
@@ -367,9 +350,8 @@ def curves(found):
     out["effective rank of images"] = steps("image_rank")
     out |= {"linear probe, %": steps("linear"), "k-NN, %": steps("knn")}
     out["k-NN change under noise, points"] = sorted(found.get("noise", {}).items())
-    out["shape share of what neighbours share"] = [
-        (i, v.mean().item()) for i, v in enumerate(found.get("shape", [])[:-1], 1) if len(v)
-    ]
+    shape = enumerate(found.get("shape", [])[:-1], 1)
+    out["shape share of what neighbours share"] = [(i, v.mean().item()) for i, v in shape if len(v)]
     return out
 
 
@@ -516,9 +498,8 @@ def main(argv=None):
     sample = sets["test"].subset(3)
     draw_queries(encoders, next(stream(sample, in_order(sample, 3), device, 0)), out / "queries.png")
     tables = {name: curves(m["found"]) for name, m in models.items()}
-    line = lambda title, cells: print(
-        f"  {title:40}" + "".join(f"{c:>{max(10, len(n) + 2)}}" for n, c in cells.items())
-    )
+    cell = lambda name, text: f"{text:>{max(10, len(name) + 2)}}"
+    line = lambda title, cells: print(f"  {title:40}" + "".join(cell(*c) for c in cells.items()))
     line("last block, or highest band", {name: name for name in models})
     for panel in next(iter(tables.values())):
         row = {name: t[panel] for name, t in tables.items()}

@@ -42,7 +42,7 @@ import siameseim
 from vit import InputError  # 1 network
 from vit import Images, in_order, stream  # 2 images
 from vit import DTYPES, adamw, my_rows  # 4 training step
-from vit import cli, launch, options, peak_memory, positive, settle, shape_of  # 7 runs
+from vit import COUNT, cli, launch, options, peak_memory, settle, shape_of  # 7 runs
 
 METHODS = dict(dino=(dino, dino.DINO), mae=(mae_pcae, mae_pcae.MAE), pcae=(mae_pcae, mae_pcae.PCAE))
 METHODS |= dict(siameseim=(siameseim, siameseim.SiameseIM), hybrid=(hybrid, hybrid.Hybrid))
@@ -198,12 +198,11 @@ def table(turns):
 @cli
 def main(argv=None, script=(__file__,), others=None):
     """others: {a row: function(args, device)}, for steps that are not ours; script: the command that has them."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.add_argument("--rows", nargs="+", help="each a method with options of its script (dino, and dino in fp32)")
-    p.add_argument("--steps", type=positive, default=5, help="timed steps in a turn, after two that are not")
-    p.add_argument("--turns", type=positive, default=3, help="turns of each row")
+    p.add_argument("--steps", **COUNT, default=5, help="timed steps in a turn, after two that are not")
+    p.add_argument("--turns", **COUNT, default=3, help="turns of each row")
     p.add_argument("--row", help=argparse.SUPPRESS)  # what a process started by this one measures
     args, rest = p.parse_known_args(argv)
     rows = args.rows or ["dino"]

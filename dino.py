@@ -110,9 +110,7 @@ def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
 def sample_step(args, step, side):
     """All random numbers of a step: those of the two global views and of the local ones, for the whole batch."""
     g, local_size = seeded(args.seed, step), [args.local_size] * 2
-    views = lambda n, size, scale, blur, solarize: sample_views(
-        args.batch, n, side, size, scale, blur, solarize, args.color, g
-    )
+    views = lambda n, size, scale, *odds: sample_views(args.batch, n, side, size, scale, *odds, args.color, g)
     global_draws = views(2, args.img_size, args.global_scale, [1.0, 0.1], [0.0, 0.2])
     return global_draws, views(args.local_crops, local_size, args.local_scale, [0.5], [0.0])
 
@@ -143,10 +141,9 @@ class DINOHead(nn.Module):
 
     def __init__(self, dim, prototypes, hidden=2048, bottleneck=256, norm_last_layer=True):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-        )
-        for layer in self.mlp[::2]:
+        layers = nn.Linear(dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, bottleneck)
+        self.mlp = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        for layer in layers:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         bound = bottleneck**-0.5
@@ -210,6 +207,20 @@ def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
     return loss, entropy, loss.detach() - entropy
 
 
+def outputs(net, imgs, d_global, d_local, args):
+    """What the student makes of all views (V, B, K), and the teacher of the global ones (2, B, K)."""
+    unit = max(args.img_size) / 224
+    global_views = net.augment(imgs, d_global, args.img_size, unit, net.mean, net.std)  # (2·B, C, h, w)
+    local_views = []
+    if args.local_crops:
+        local_views = [net.augment(imgs, d_local, [args.local_size] * 2, unit, net.mean, net.std)]  # (V·B, C, h, w)
+    with autocast(imgs.device, args.precision):
+        with torch.no_grad():
+            t = net.teacher(global_views)
+        s = net.student(global_views, *local_views)
+    return s.float().unflatten(0, (-1, len(imgs))), t.float().unflatten(0, (2, len(imgs)))
+
+
 def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     """One optimiser step (section 3, Algorithm 1). Nothing in it waits for the GPU.
 
@@ -217,16 +228,9 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     Returns (4,): loss, the teacher's entropy, KL and the gradient's norm.
     """
     loss_fn = LOSSES.get(args.ablate, dino_loss)
-    total, batch_mean, unit = 0, 0, max(args.img_size) / 224
+    total, batch_mean = 0, 0
     for x, d_global, d_local in micro_batches(args.accumulate, imgs, *draws):
-        global_views = net.augment(x, d_global, args.img_size, unit, net.mean, net.std)  # (2·B, C, h, w)
-        local_views = []
-        if args.local_crops:
-            local_views = [net.augment(x, d_local, [args.local_size] * 2, unit, net.mean, net.std)]  # (V·B, C, h, w)
-        with autocast(x.device, args.precision):
-            with torch.no_grad():
-                t = net.teacher(global_views).float().unflatten(0, (2, len(x)))  # (2, B, K)
-            s = net.student(global_views, *local_views).float().unflatten(0, (-1, len(x)))  # (V, B, K)
+        s, t = outputs(net, x, d_global, d_local, args)
         loss, entropy, kl = loss_fn(s, t, net.center, teacher_temp=schedule.teacher_temp)
         scaler.scale(loss / args.accumulate).backward()
         total += torch.stack([loss.detach(), entropy, kl]) / args.accumulate
@@ -319,9 +323,7 @@ def main(argv=None, images=None):
     train, test = load_data(args, OPTIONS, images)  # opened, options settled, decoded if it fits into memory
     vars(args).update(ABLATIONS.get(args.ablate, {}))
     if args.local_crops and args.local_size % args.patch:
-        raise InputError(
-            f"--local-size {args.local_size} is not a multiple of --patch {args.patch}: change one of them"
-        )
+        raise InputError(f"--local-size {args.local_size} is not a multiple of --patch {args.patch}: change one")
 
     torch.manual_seed(args.seed)
     net = DINO(shape_of(args, train.channels), args, *train.stats()).to(device)

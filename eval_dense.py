@@ -110,10 +110,8 @@ def load_splits(args, side):
     values = torch.cat([torch.zeros(1).long(), *(m.unique() for _, m in pairs)]).unique()
     values = values[values != 255]
     if not 1 < len(values) <= 255:
-        what = (
-            "nothing but 0 (mark the object with 1; 255 is left out)" if len(values) == 1 else f"{len(values)} classes"
-        )
-        raise InputError(f"--data {args.data or args.train}: the masks have {what}; 2 to 255 classes are needed")
+        found = f"{len(values)} classes besides 255 (left out)"
+        raise InputError(f"--data {args.data or args.train}: the masks have {found}; 2 to 255 are needed, 0 among them")
     return [(x, torch.searchsorted(values, m).where(m != 255, 255)) for x, m in pairs], len(values)
 
 
@@ -193,14 +191,9 @@ def linear_features(train, y, test, masks, grid, classes, device):
     norm, weight, bias = fit(len(x), [RATES[tried.index(max(tried))]])
     found = (norm(test.flatten(0, 1)) @ weight + bias)[0].argmax(dim=-1).cpu()
     found = rearrange(found, "(b h w) -> b 1 h w", h=grid[0], w=grid[1]).float()
-    both, either = zip(
-        *(
-            overlaps(F.interpolate(f, size=m.shape[-2:])[:, 0].long(), m, classes)
-            for f, m in zip(found.split(20), masks.split(20), strict=True)
-        ),
-        strict=True,
-    )
-    both, either = torch.cat(both), torch.cat(either)
+    parts = zip(found.split(20), masks.split(20), strict=True)
+    parts = [overlaps(F.interpolate(f, size=m.shape[-2:])[:, 0].long(), m, classes) for f, m in parts]
+    both, either = (torch.cat(part) for part in zip(*parts, strict=True))
     return mean_iou(both, either), mean_iou(both.sum(0), either.sum(0)).item()
 
 
@@ -229,18 +222,13 @@ def main(argv=None):
     percent = lambda v: round(100 * float(v), 2)
     results = dict(classes=classes, train=len(train[0]), test=len(test[0]))
     for name, net in nets.items():
-        seen = torch.cat(
-            [
-                from_attention(net, *pairs, config, args.mass, device)
-                for pairs in ([test] if args.test else [train, test])
-            ]
-        )
+        pairs = [test] if args.test else [train, test]
+        seen = torch.cat([from_attention(net, *pair, config, args.mass, device) for pair in pairs])
         tokens = (by_block(net, imgs, config, device) for imgs, _ in (train, test))
         depths = [linear_features(a, labels, b, test[1], grid, classes, device) for a, b in zip(*tokens, strict=True)]
         found = dict(jaccard=percent(seen.mean()), jaccard_error=error(seen), jaccard_images=len(seen))
-        found |= dict(
-            dense_by_block=[percent(v.mean()) for v, _ in depths], miou_by_block=[percent(m) for _, m in depths]
-        )
+        found["dense_by_block"] = [percent(v.mean()) for v, _ in depths]
+        found["miou_by_block"] = [percent(m) for _, m in depths]
         found |= dict(dense=found["dense_by_block"][-1], error=error(depths[-1][0]), miou=found["miou_by_block"][-1])
         print(f"{name:9}  attention, Jaccard of the best head {found['jaccard']:5.2f} ± {error(seen):.2f} %")
         for key in ("dense", "miou"):

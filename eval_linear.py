@@ -44,18 +44,15 @@ from torch import nn
 from vit import InputError, ViT, drop_path, gather_tokens, pooled  # 1 network
 from vit import batches, open_images, prepare, resize_side, seeded, stream  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
-from vit import autocast, average_and_clip, cosine, gather, mean_over_processes, my_rows, processes  # 4 training step
-from vit import features  # 5 evaluation
+from vit import autocast, average_and_clip, cosine, mean_over_processes, my_rows, processes  # 4 training step
+from vit import features, gather  # 5 evaluation
 from vit import load_checkpoint, load_encoder, reading, save_checkpoint  # 6 checkpoints
 from vit import COUNT, DATA_HELP, DEVICE, PRECISION, SHARE, Run, cli, launch, options, process_0_first  # 7 runs
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+FILE = dict(flag="checkpoint", nargs="?")
 EVALUATION = dict(  # the options of every evaluation
-    checkpoint=(
-        None,
-        "last.pt of a run, a file of weights/, the authors' or timm's",
-        dict(flag="checkpoint", nargs="?"),
-    ),
+    checkpoint=(None, "last.pt of a run, a file of weights/, the authors' or timm's", FILE),
     data=(None, f"{DATA_HELP} (what the run was trained on)"),
     img_size=(None, "input of the network, px (what the checkpoint says)", COUNT),
     heads=(None, "attention heads, for files of others, which do not tell", COUNT),
@@ -76,11 +73,7 @@ OPTIONS = EVALUATION | dict(
     crop_scale=((0.35, 1.0), "area of the crops, share of the image"),
     layers=(1, "probe: the features of so many last blocks, side by side", COUNT),
     augment=(False, "probe: new crops and flips in each epoch; features are not kept: slower"),
-    rates=(
-        (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
-        "probe: learning rates tried, for batch 256",
-        dict(nargs="+"),
-    ),
+    rates=(RATES, "probe: learning rates tried, for batch 256", dict(nargs="+")),
     finetune=(False, "train the whole network, not only a linear layer"),
     scratch=(False, "fine-tuning: from random weights; the checkpoint tells shape, data and feature"),
     drop_ratio=(0.0, "fine-tuning: share of the patch tokens dropped at each of 3 stages", SHARE),
@@ -159,11 +152,9 @@ def sample_mixes(args, step, side, config):
     g, (h, w), weight = seeded(args.seed, step), config["img_size"], torch.ones(args.batch, dtype=torch.float64)
     if args.mixup:
         weight = torch.from_numpy(np.random.default_rng([args.seed, step]).beta(args.mixup, args.mixup, args.batch))
-    return dict(
-        box=sample_boxes((args.batch, 1), side, args.crop_scale, w / h, g),
-        flip=torch.rand((args.batch, 1), generator=g) < 0.5,
-        weight=torch.maximum(weight, 1 - weight).float(),
-    )
+    box = sample_boxes((args.batch, 1), side, args.crop_scale, w / h, g)
+    flip = torch.rand((args.batch, 1), generator=g) < 0.5
+    return dict(box=box, flip=flip, weight=torch.maximum(weight, 1 - weight).float())
 
 
 def augment(imgs, draws, size, mean, std):
@@ -259,9 +250,8 @@ def apply(args, vit, config, device):
         raise InputError(f"--data {args.data} has classes that were not trained: {', '.join(unknown[:5])}")
     own = [classes.index(c) for c in test.classes]
     logits = predict(net.to(device), test, config, device, args)[:, own]
-    return dict(
-        accuracy=round(accuracies(logits[None], test.labels.to(device))[0], 2), test=len(test), classes=len(own)
-    )
+    accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
+    return dict(accuracy=accuracy, test=len(test), classes=len(own))
 
 
 # probe ---------------------------------------------------------------------------------------------------------------
@@ -348,9 +338,9 @@ def probe_seeds(args, vit, train, test, config, device):
             save_classifier(Path(args.out) / "classifier.pt", net, config, train.classes)
     values = [f["linear"] for f in found]
     result = dict(found[0], linear=round(float(np.mean(values)), 2), feature=config["feature"], test=len(test))
-    return result | (
-        dict(linear_sd=round(float(np.std(values, ddof=1)), 2), linear_each=values) if len(values) > 1 else {}
-    )
+    if len(values) > 1:
+        result |= dict(linear_sd=round(float(np.std(values, ddof=1)), 2), linear_each=values)
+    return result
 
 
 # fine-tuning ---------------------------------------------------------------------------------------------------------
@@ -411,9 +401,7 @@ def finetune(args, vit, train, test, config, device):
     feature = args.feature or config["feature"]
     config = dict(config, feature=feature)
     torch.manual_seed(args.seed)
-    args.encoder = sum(
-        p.detach().double().abs().sum().item() for p in vit.parameters()
-    )  # a run resumes from the same one only
+    args.encoder = sum(p.detach().double().abs().sum().item() for p in vit.parameters())  # resumes from it only
     vit = ViT(**vit.config) if args.scratch else vit
     vit.pos_embed.requires_grad_(True)
     for block, rate in zip(vit.blocks, torch.linspace(0, args.drop_path, len(vit.blocks)).tolist(), strict=True):
@@ -517,9 +505,7 @@ def main(argv=None):
     vit, config = open_encoder(args)
     if "classes" in config:  # save_classifier wrote it
         if args.finetune or args.labels < 1 or args.out or args.feature:
-            raise InputError(
-                f"{args.checkpoint} is a classifier, which is applied and not trained: leave options of training out"
-            )
+            raise InputError(f"{args.checkpoint} is a classifier, which is applied: leave options of training out")
         return report("classifier", args, config, apply(args, vit, config, device))
     train, test = open_labelled(args, config)
     if args.finetune:

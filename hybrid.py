@@ -79,7 +79,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=False)
     Returns (7,): loss, L_MIM, L_CL, the teacher's entropy, the gradient's norm, and with `norms` the norms of both
     parts' weighted gradients in the encoder, mean over micro-batches and processes (else 0).
     """
-    total, batch_mean, w, unit = 0, 0, args.weight, max(args.img_size) / 224
+    total, batch_mean, w = 0, 0, args.weight
     pull, encoder = torch.zeros(2, device=imgs.device), [p for p in net.mae.vit.parameters() if p.requires_grad]
     for x, d_mim, d_global, d_local in micro_batches(args.accumulate, imgs, *draws):
         crop = net.mae.augment(x, d_mim, args.img_size, net.mean, net.std)
@@ -89,14 +89,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=False)
         scaler.scale((1 - w) * mim / args.accumulate).backward()
         between = gradients(encoder) if norms else None
 
-        global_views = net.augment(x, d_global, args.img_size, unit, net.mean, net.std)
-        local_views = []
-        if args.local_crops:
-            local_views = [net.augment(x, d_local, [args.local_size] * 2, unit, net.mean, net.std)]  # (V·B, C, h, w)
-        with autocast(x.device, args.precision):
-            with torch.no_grad():
-                t = net.teacher(global_views).float().unflatten(0, (2, len(x)))
-            s = net.student(global_views, *local_views).float().unflatten(0, (-1, len(x)))
+        s, t = dino.outputs(net, x, d_global, d_local, args)
         cl, entropy, _ = dino_loss(s, t, net.center, teacher_temp=schedule.teacher_temp)
         scaler.scale(w * cl / args.accumulate).backward()
         if norms:

@@ -49,11 +49,11 @@ from torch import nn
 from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos_grid  # 1 network
 from vit import prepare, seeded  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
-from vit import adamw, autocast, average_and_clip, check_momentum, cosine, ema_update  # 4 training step
-from vit import mean_over_processes, micro_batches, my_rows, set_rates, spread
-from vit import save_grid  # 5 evaluation
+from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over_processes  # 4 training step
+from vit import micro_batches, my_rows, set_rates
+from vit import save_grid, spread  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, PAIR, SHARE, Run, cli, launch, load_data, options, shape_of  # 7 runs
+from vit import COMMON, COUNT, PAIR, SHARE, Run, check_momentum, cli, launch, load_data, options, shape_of  # 7 runs
 
 # name=(default, help[, arguments for argparse]); four defaults are for the presets demo, 32, 96, 224 (the authors')
 OPTIONS = COMMON | dict(
@@ -62,11 +62,7 @@ OPTIONS = COMMON | dict(
     patch=([4, 4, 8, 16], "patch size, px", COUNT),
     img_size=([32, None, 96, 224], "input of the network, px: one number, or height and width", PAIR),
     epochs=([16, 400, 400, 400], "length of the run (PCAE on the demo set: 24)", COUNT),
-    batch=(
-        [64, 512, 512, 4096],
-        "images in an optimiser step, over all processes and micro-batches (PCAE, demo: 32)",
-        COUNT,
-    ),
+    batch=([64, 512, 512, 4096], "images in a step, all processes and micro-batches (PCAE, demo: 32)", COUNT),
     lr=([8e-3, 1e-3, 3e-4, 1.5e-4], "learning rate for batch 256; scaled with the batch"),
     warmup=([2.0, 20.0, 20.0, 40.0], "epochs over which the learning rate rises"),
     weight_decay=((0.05, 0.05), "of all but biases and norms, at the start and at the end"),
@@ -192,9 +188,7 @@ class MAE(nn.Module):
 CRITERIA = dict(  # redundancy of each token of x (B, N, D), as (B, N): the most redundant are dropped
     mean=lambda x: F.cosine_similarity(x, x.mean(dim=1, keepdim=True), dim=-1),  # the paper's sim(X, mean of X)
     unit=lambda x: F.cosine_similarity(x, F.normalize(x, dim=-1).mean(dim=1, keepdim=True), dim=-1),  # the code's
-    random=lambda x: torch.arange(x.shape[1], device=x.device).expand(
-        x.shape[:2]
-    ),  # noise ordered the tokens: dropping the last is random
+    random=lambda x: torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]),  # noise ordered the tokens
 )
 
 

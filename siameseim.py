@@ -49,11 +49,11 @@ from torchvision.utils import draw_bounding_boxes
 from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos, sincos_grid  # 1 network
 from vit import seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
-from vit import adamw, autocast, average_and_clip, check_momentum, cosine, ema_update  # 4 training step
-from vit import mean_over_processes, micro_batches, my_rows, set_rates, spread
-from vit import save_grid  # 5 evaluation
+from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over_processes  # 4 training step
+from vit import micro_batches, my_rows, set_rates
+from vit import save_grid, spread  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, PAIR, SHARE, Run, cli, launch, load_data, options, shape_of  # 7 runs
+from vit import COMMON, COUNT, PAIR, SHARE, Run, check_momentum, cli, launch, load_data, options, shape_of  # 7 runs
 
 ABLATIONS = {  # the options that they change
     "no-color": dict(color=0.0, blur=[0.0, 0.0]),

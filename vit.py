@@ -213,12 +213,10 @@ class ViT(nn.Module):
         return self.norm(self.blocks[-1](x, queries=1))[:, 0]
 
     def layers(self, imgs):
-        """The tokens after each block, through the final norm: a list of `depth` tensors (B, 1+N, D)."""
-        x, out = self.embed(imgs), []
+        """Yields the tokens (B, 1+N, D) before the first block and after each, without the final norm."""
+        yield (x := self.embed(imgs))
         for block in self.blocks:
-            x = block(x)
-            out.append(self.norm(x))
-        return out
+            yield (x := block(x))
 
     def attention(self, imgs, layer=-1):
         """Softmax attention of one block, (B, H, 1+N, 1+N); row 0 shows where the CLS token attends."""
@@ -661,15 +659,6 @@ def mean_over_processes(x):
     return x
 
 
-def gather(x):
-    """A list of every process's x, all of one shape."""
-    if not dist.is_initialized():
-        return [x]
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return parts
-
-
 def my_rows(draws, device):
     """This process's rows of the whole batch's random numbers (a dict of tensors, or several), on the device."""
     if not isinstance(draws, dict):
@@ -716,18 +705,6 @@ def ema_update(teacher, student, weight):
     torch._foreach_add_(old, change)
 
 
-def check_momentum(momentum, steps):
-    """Warns if much of the initial teacher is left at the end (.9999, rising to 1: 37 % after 20,000 steps)."""
-    left = math.prod(cosine(s, steps, momentum, 1.0) for s in range(steps))
-    if left > 0.1 and processes()[0] == 0:
-        print(f"warning: {left:.0%} of the initial teacher would be left after {steps} steps: lower --momentum")
-
-
-def spread(x):
-    """How much tokens (B, n, D) differ: standard deviation over tokens and images, mean over entries. 0: collapsed."""
-    return x.detach().flatten(0, 1).std(dim=0).mean()
-
-
 # 5 evaluation ---------------------------------------------------------------------------------------------------------
 
 
@@ -736,12 +713,20 @@ def pixels(x):
     return F.adaptive_avg_pool2d(x, [min(32, s) for s in x.shape[-2:]]).flatten(1)
 
 
+def gather(x):
+    """A list of every process's x, all of one shape."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
+
+
 @torch.no_grad()
 def features(encode, images, config, device, precision="fp32", batch=256, workers=2):
     """encode(x) of all images, (N, D), fp32, on the device. encode: network input (B, C, h, w) -> vectors (B, D).
 
-    With several processes, all of which must
-    call this, each encodes its share, and all get all rows.
+    With several processes, all of which must call this, each encodes its share, and all get all rows.
     """
     rank, world = processes()
     if len(images) < world:
@@ -778,6 +763,11 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
             right = best == y[:, None]
             hits[k] += torch.stack([right[:, 0].sum(), right.sum()])
     return {k: tuple((100 * h / len(test)).tolist()) for k, h in hits.items()}
+
+
+def spread(x):
+    """How much tokens (B, n, D) differ: standard deviation over tokens and images, mean over entries. 0: collapsed."""
+    return x.detach().flatten(0, 1).std(dim=0).mean()
 
 
 def attention_mask(maps, mass=0.6):
@@ -827,9 +817,7 @@ def load_checkpoint(file):
 
 
 PREFIXES = re.compile(r"^((module|backbone|_orig_mod|teacher|student|encoder|model|vit|net|base_encoder)\.)+")
-OTHER_NETWORKS = re.compile(
-    r"^(blocks|fc_norm|norm_pre|patch_embed|cls_|reg|storage|dist_)|gamma|rel_pos|relative|rope"
-)
+OTHERS = re.compile(r"^(blocks|fc_norm|norm_pre|patch_embed|cls_|reg|storage|dist_)|gamma|rel_pos|relative|rope")
 
 
 def load_encoder(file, heads=None, quiet=False):
@@ -859,12 +847,10 @@ def build_encoder(file, found, heads):
     config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls") | found.get("config", {})
     for key in ("encoder", "model", "state_dict", "teacher", "student"):
         found = found[key] if isinstance(found.get(key), dict) else found
-    named = [PREFIXES.sub("", str(k)) for k, v in found.items() if torch.is_tensor(v)]
-    if len(set(named)) < len(named):
+    tensors = {k: v for k, v in found.items() if torch.is_tensor(v) and not v.is_complex()}
+    weights = {PREFIXES.sub("", str(k)): v for k, v in tensors.items()}
+    if len(weights) < len(tensors):
         raise InputError(f"{file} holds several networks whose names differ by a prefix: save one of them alone")
-    weights = {
-        PREFIXES.sub("", str(k)): v.float() for k, v in found.items() if torch.is_tensor(v) and not v.is_complex()
-    }
     if not {"pos_embed", "patch_embed.proj.weight"} <= weights.keys():
         raise InputError(f"{file} holds no ViT: no pos_embed and patch_embed.proj.weight in it")
     if "dim" not in config:  # not ours: read the shape off the weights
@@ -881,11 +867,10 @@ def build_encoder(file, found, heads):
     vit = ViT(**{k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")})
     own, unused = vit.state_dict(), sorted(weights.keys() - vit.state_dict().keys())
     wrong = [k for k, v in own.items() if k not in weights or v.shape != weights[k].shape]
-    wrong += [k for k in unused if OTHER_NETWORKS.search(k)]
+    wrong += [k for k in unused if OTHERS.search(k)]
     if wrong:
-        raise InputError(
-            f"{file}: {len(wrong)} tensors are missing, of another shape or of another network: {wrong[:4]}"
-        )
+        why = f"{len(wrong)} tensors are missing, of another shape or of another network: {wrong[:4]}"
+        raise InputError(f"{file}: {why}")
     vit.load_state_dict({k: weights[k] for k in own})
     return vit.eval(), config, unused
 
@@ -932,26 +917,22 @@ def cli(main):
     return wrapped
 
 
-def natural(text):
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return int(text)
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or float in [low, high]."""
 
+    def parse(text):
+        if not low <= kind(text) <= high:
+            bounds = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}")
+        return kind(text)
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
-
-
-def share(text):
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError("must be between 0 and 1")
-    return float(text)
+    parse.__name__ = kind.__name__  # argparse: "invalid int value"
+    return parse
 
 
 PRESETS = ("demo", "32", "96", "224")
-COUNT, SHARE, PAIR, MANY = dict(type=positive), dict(type=share), dict(type=positive, nargs="+"), dict(nargs="+")
+COUNT, SHARE, MANY = dict(type=number(int, 1)), dict(type=number(float, 0, 1)), dict(nargs="+")
+PAIR = COUNT | MANY
 PRECISION = ("auto", "bf16 if the hardware has it; fp32 on a GPU is TF32", dict(choices=("auto", *DTYPES)))
 DEVICE = (None, "cuda, mps or cpu (the first that is there)")
 DATA_HELP = "demo.npz, any .npz, cifar10, cifar100, or a folder of images"
@@ -960,11 +941,7 @@ COMMON = dict(  # options of every training script
     out=(None, "folder for last.pt, log.jsonl and pictures; a run found there resumes (runs/METHOD-DATA)"),
     preset=(None, "which defaults to use (chosen by the size of the images)", dict(choices=PRESETS)),
     steps=(None, "stop after so many steps from the start of the run; schedules stay", COUNT),
-    accumulate=(
-        1,
-        "micro-batches in a step: less memory, the same gradient (drop path and --ablate infonce aside)",
-        COUNT,
-    ),
+    accumulate=(1, "micro-batches in a step: less memory, same gradient (but drop path, infonce)", COUNT),
     workers=(2, "processes that decode images, where a set does not fit into memory"),
     device=DEVICE,
     precision=PRECISION,
@@ -984,7 +961,7 @@ def options(doc, table, argv=None, **fixed):
     p.epilog = "Four defaults are those of the presets: " + ", ".join(PRESETS)
     for name, (default, text, *more) in table.items():
         example = default[0] if isinstance(default, list) else default
-        kind = dict(type=natural if type(example) is int else type(example)) if example is not None else {}
+        kind = dict(type=number(int, 0) if type(example) is int else type(example)) if example is not None else {}
         if isinstance(example, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(example, tuple):
@@ -1083,6 +1060,13 @@ def load_data(args, table, images=None):
         args.warmup = args.epochs
         say(f"the warm-up is longer than the run: --warmup {args.warmup}")
     return train, test
+
+
+def check_momentum(momentum, steps):
+    """Warns if much of the initial teacher is left at the end (.9999, rising to 1: 37 % after 20,000 steps)."""
+    left = math.prod(cosine(s, steps, momentum, 1.0) for s in range(steps))
+    if left > 0.1 and processes()[0] == 0:
+        print(f"warning: {left:.0%} of the initial teacher would be left after {steps} steps: lower --momentum")
 
 
 class Run:
@@ -1201,27 +1185,23 @@ class Run:
         if self.first:
             self.say(f"resumes after step {self.first} of {self.stop}")
 
-    def knn(self, encode):
-        """k-NN accuracy, percent (k = 20, T = 0.07), of at most 800 test images among 4,000."""
+    def knn(self, encode=None):
+        """k-NN accuracy of the ViT or of encode(x), percent: k = 20, T = 0.07, 800 test images among 4,000."""
+        training, encode = self.vit.training, encode or (lambda x: self.vit.encode(x, self.net.feature))
+        self.vit.eval()
         how = (self.config, self.device, self.args.precision, 256, self.args.workers)
         (a, la), (b, lb) = ((features(encode, s, *how), s.labels.to(self.device)) for s in self.sets)
-        return round(knn(a, la, b, lb)[20][0], 2)
-
-    def encode(self, x):
-        """The encoder's vectors (B, D), in evaluation mode."""
-        training = self.vit.training
-        vectors = self.vit.eval().encode(x, self.net.feature)
         self.vit.train(training)
-        return vectors
+        return round(knn(a, la, b, lb)[20][0], 2)
 
     def baselines(self):
         """Measures k-NN of raw pixels and of the untrained network, if the run begins here."""
         if self.sets is None:
             self.say("no labels: no k-NN")
         elif self.first == 0:
-            found = dict(knn_pixels=self.knn(pixels), knn_untrained=self.knn(self.encode))
-            self.write(**found)
-            self.say("k-NN before training: " + ", ".join(f"{k[4:]} {v:.1f} %" for k, v in found.items()))
+            before = dict(knn_pixels=self.knn(pixels), knn_untrained=self.knn())
+            self.write(**before)
+            self.say("k-NN before training: " + ", ".join(f"{k[4:]} {v:.1f} %" for k, v in before.items()))
 
     def steps(self, train):
         """Yields (step, images) and seeds drop path. After Ctrl-C the current step is still logged and saved
@@ -1291,9 +1271,9 @@ class Run:
     def measure_knn(self, step):
         """Logs k-NN of the encoder. All processes take part."""
         start, epoch = time.perf_counter(), round((step + 1) / self.steps_per_epoch, 3)
-        found = self.knn(self.encode)
-        self.write(step=step + 1, epoch=epoch, knn=found)
-        self.say(f"epoch {epoch:g}: k-NN {found:.1f} %")
+        accuracy = self.knn()
+        self.write(step=step + 1, epoch=epoch, knn=accuracy)
+        self.say(f"epoch {epoch:g}: k-NN {accuracy:.1f} %")
         self.since += time.perf_counter() - start
 
     def save_due(self, step):
@@ -1310,8 +1290,8 @@ class Run:
         """Writes last.pt: what training needs to resume, and the encoder."""
         start = time.perf_counter()
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state.update(step=step + 1, seconds=self.before + start - self.started, options=vars(self.args))
-        state.update(images=self.images)
+        state |= dict(step=step + 1, seconds=self.before + start - self.started)
+        state |= dict(options=vars(self.args), images=self.images)
         save_checkpoint(self.out / "last.pt", state | dict(encoder=self.vit.state_dict(), config=self.config))
         self.saved = time.perf_counter()
         self.saving = self.saved - start
