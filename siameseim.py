@@ -112,42 +112,42 @@ def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
 
 
 def sample_step(args, step, side):
-    """All random numbers of a step, for the whole batch: two views of each image, and what is visible of the first."""
+    """All random numbers of a step, for the whole batch: two views of each image; what hides patches of one."""
     g, grid = seeded(args.seed, step), ViT.grid_of(args.img_size, args.patch)
     pair = sample_views(args.batch, 2, side, args.img_size, args.crop_scale, args.blur, [0.0, 0.2], args.color, g)
-    order = dict(block=block_order, random=random_order)[args.mask]
-    hidden = round(args.mask_ratio * math.prod(grid))
-    pair["visible"] = order(args.batch, grid, args.mask_ratio, g)[:, hidden:]
+    if args.mask == "block":
+        pair["blocks"] = torch.rand((12, 4, args.batch), generator=g).permute(2, 0, 1)
+    pair["noise"] = torch.rand((args.batch, math.prod(grid)), generator=g)
     if args.ablate == "same-view":  # view b is the crop of view a; the colours stay two
         pair |= {k: pair[k][:, :1].repeat_interleave(2, dim=1) for k in ("box", "flip")}
     return pair
 
 
-def random_order(batch, grid, ratio, g):
-    """Patches (batch, N) in the order in which they are hidden: a random one."""
-    return torch.rand((batch, math.prod(grid)), generator=g).argsort(dim=1)
+def visible_patches(draws, grid, ratio):
+    """The patches of view a that stay visible, (B, n): the last ones in the order in which they are hidden."""
+    order = block_order(draws["blocks"], grid, ratio) if "blocks" in draws else 0  # without blocks at random
+    return (order + draws["noise"]).argsort(dim=1)[:, round(ratio * math.prod(grid)) :]
 
 
-def block_order(batch, grid, ratio, g, rounds=12):
-    """Patches (batch, N) in the order in which they are hidden: block by block (BEiT, arXiv 2106.08254, Algorithm 1).
+def block_order(draws, grid, ratio):
+    """Which block hides each patch (B, N), counted from 0 (BEiT, arXiv 2106.08254, Algorithm 1).
 
     A block has between 16/196 of the patches and as many as are still to be hidden, and a log aspect ratio uniform in
-    0.3 to 1/0.3. Within a block the order is random. What no block covers comes last.
+    0.3 to 1/0.3. What no block covers comes last. draws (B, rounds, 4): uniform, for area, aspect ratio and place.
     """
-    (h, w), n = grid, math.prod(grid)
-    rand = lambda: torch.rand((batch, 1, 1), generator=g)
-    y, x = torch.arange(h).view(1, h, 1), torch.arange(w).view(1, 1, w)
-    order = torch.full((batch, h, w), float(rounds))
+    (h, w), n, rounds = grid, math.prod(grid), draws.shape[1]
+    y, x = torch.arange(h, device=draws.device).view(1, h, 1), torch.arange(w, device=draws.device).view(1, 1, w)
+    order = draws.new_full((len(draws), h, w), float(rounds))
     for i in range(rounds):
-        left = (round(ratio * n) - (order < rounds).sum(dim=(1, 2), keepdim=True)).float()
-        least = torch.tensor(n * 16 / 196)
-        area = least + rand() * (left - least).clamp(min=0)
-        aspect = torch.exp((2 * rand() - 1) * math.log(0.3))
+        for_area, for_aspect, for_top, for_start = draws[:, i].view(-1, 4, 1, 1).unbind(1)
+        left, least = round(ratio * n) - (order < rounds).sum(dim=(1, 2), keepdim=True), n * 16 / 196
+        area = least + for_area * (left - least).clamp(min=0)
+        aspect = torch.exp((2 * for_aspect - 1) * math.log(0.3))
         bh, bw = (area * aspect).sqrt().round().clamp(1, h), (area / aspect).sqrt().round().clamp(1, w)
-        top, start = (rand() * (h - bh + 1)).floor(), (rand() * (w - bw + 1)).floor()
+        top, start = (for_top * (h - bh + 1)).floor(), (for_start * (w - bw + 1)).floor()
         block = (y >= top) & (y < top + bh) & (x >= start) & (x < start + bw)
         order = torch.where(block & (order == rounds), float(i), order)
-    return (order.flatten(1) + torch.rand((batch, n), generator=g)).argsort(dim=1)
+    return order.flatten(1)
 
 
 def places(box, flip, side, grid):
@@ -182,7 +182,7 @@ def augment(imgs, draws, size, unit, mean, std):
     unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
     """
     x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
-    d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k not in ("box", "visible")}
+    d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k not in ("box", "blocks", "noise")}
     if x.shape[1] == 3:
         x = (x * d["brightness"]).clamp(0, 1)
         x = blend(x, gray(x).mean(dim=(2, 3), keepdim=True), d["contrast"])
@@ -333,7 +333,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     c = mean_over_processes(c)
     for a, d, z in parts:
         with autocast(a.device, args.precision):
-            y = net(a, d["visible"], d["box"], d["flip"], side)
+            y = net(a, visible_patches(d, net.grid, args.mask_ratio), d["box"], d["flip"], side)
         loss, uniformity = loss_fn(y.float(), z, c, net.neg_weight)
         scaler.scale(loss / args.accumulate).backward()
         total += torch.stack([loss.detach(), uniformity, spread(z)]) / args.accumulate
@@ -375,9 +375,10 @@ def draw_pairs(net, imgs, draws, args, file):
     imgs, side, (h, w) = imgs[: len(draws["box"])], imgs.shape[-1], net.grid
     d = {k: v[: len(imgs)].to(imgs.device) for k, v in draws.items()}
     a, b = augment(imgs, d, args.img_size, max(args.img_size) / 224, net.mean, net.std).chunk(2)
-    pred = net(a, d["visible"], d["box"], d["flip"], side).float()
+    index = visible_patches(d, net.grid, args.mask_ratio)
+    pred = net(a, index, d["box"], d["flip"], side).float()
     like = F.cosine_similarity(pred, net.targets(b), dim=-1).view(-1, 1, h, w)
-    visible = torch.zeros(len(a), h * w, device=a.device).scatter(1, d["visible"], 1.0).view(-1, 1, h, w)
+    visible = torch.zeros(len(a), h * w, device=a.device).scatter(1, index, 1.0).view(-1, 1, h, w)
     zoom = lambda x: F.interpolate(x, size=a.shape[-2:])
     a, b = a * net.std + net.mean, b * net.std + net.mean
     size = torch.tensor([a.shape[-1], a.shape[-2]] * 2)

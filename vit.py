@@ -1295,6 +1295,7 @@ class Run:
         save_checkpoint(self.out / "last.pt", state | dict(encoder=self.vit.state_dict(), config=self.config))
         self.saved = time.perf_counter()
         self.saving = self.saved - start
+        self.since += self.saving  # images_per_s is that of training alone
 
     def draw_curve(self, key="knn"):
         """Draws curve.png: the loss, and k-NN beside that of raw pixels and of the untrained network, over epochs."""

@@ -14,24 +14,27 @@ import vit
 close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", [siameseim.block_order, siameseim.random_order])
+@pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("grid", [(8, 8), (14, 14), (4, 10)])
-def test_masks_hide_the_exact_number(order, grid):
+def test_masks_hide_the_exact_number(blocks, grid):
     n, g = math.prod(grid), torch.Generator().manual_seed(0)
+    draws = dict(noise=torch.rand((50, n), generator=g))
+    if blocks:
+        draws["blocks"] = torch.rand((50, 12, 4), generator=g)
     for ratio in (0.3, 0.6):
-        found = order(50, grid, ratio, g)
-        assert torch.equal(found.sort()[0], torch.arange(n).expand(50, n))  # each patch has one place in the order
-    hidden = torch.zeros(50, n).scatter(1, found[:, : round(0.6 * n)], 1.0).view(-1, *grid)
-    neighbours = (hidden[:, :, 1:] == hidden[:, :, :-1]).float().mean()
-    assert neighbours > 0.7 if order is siameseim.block_order else 0.45 < neighbours < 0.6
+        found = siameseim.visible_patches(draws, grid, ratio)
+        assert found.shape == (50, n - round(ratio * n)) and all(len(row.unique()) == len(row) for row in found)
+    visible = torch.zeros(50, n).scatter(1, found, 1.0).view(-1, *grid)
+    neighbours = (visible[:, :, 1:] == visible[:, :, :-1]).float().mean()
+    assert neighbours > 0.7 if blocks else 0.45 < neighbours < 0.6
 
 
 def test_blocks_are_no_smaller_than_asked():
     """Up to rounding: the first round alone hides a rectangle of at least 16/196 of the patches."""
-    order = siameseim.block_order(200, (14, 14), 0.6, torch.Generator().manual_seed(0), rounds=1)
-    first = torch.zeros(200, 196).scatter(1, order[:, :9], 1.0).view(-1, 14, 14)
+    draws = torch.rand((200, 1, 4), generator=torch.Generator().manual_seed(0))
+    first = (siameseim.block_order(draws, (14, 14), 0.6) == 0).view(-1, 14, 14).float()
     rows, columns = first.amax(2).sum(1), first.amax(1).sum(1)
-    assert (rows * columns >= 9).all()
+    assert (rows * columns == first.sum((1, 2))).all() and (rows * columns >= 9).all()
 
 
 def test_equal_views_lie_on_each_other():
@@ -97,8 +100,9 @@ def test_what_learns_and_what_does_not(npz):
     z = net.targets(x)
     close(z.mean(-1), torch.zeros(4, 16))
     torch.testing.assert_close(z.var(-1, correction=0), torch.ones(4, 16), rtol=0, atol=1e-3)
-    pred = net(x, draws["visible"], draws["box"], draws["flip"], 16)
-    assert pred.shape == z.shape and draws["visible"].shape == (4, 16 - round(0.6 * 16))
+    visible = siameseim.visible_patches(draws, net.grid, 0.6)
+    pred = net(x, visible, draws["box"], draws["flip"], 16)
+    assert pred.shape == z.shape and visible.shape == (4, 16 - round(0.6 * 16))
     siameseim.siameseim_loss(pred, z, siameseim.correlation(z))[0].backward()
     assert all(p.grad is None for p in net.target.parameters())
     assert net.online.vit.patch_embed["proj"].weight.grad is None
@@ -107,10 +111,10 @@ def test_what_learns_and_what_does_not(npz):
     assert network("--train-patch-embed", method="siameseim")[0].online.vit.patch_embed["proj"].weight.requires_grad
 
 
-def test_what_is_hidden_comes_first_in_the_order(npz, monkeypatch):
-    args = network(method="siameseim")[1]
-    monkeypatch.setattr(siameseim, "block_order", lambda batch, grid, *_: torch.arange(16).expand(batch, 16))
-    assert siameseim.sample_step(args, 0, 16)["visible"][0].tolist() == [10, 11, 12, 13, 14, 15]
+def test_what_the_first_blocks_hide_is_not_visible(monkeypatch):
+    monkeypatch.setattr(siameseim, "block_order", lambda draws, *_: torch.arange(16.0).expand(2, 16))
+    draws = dict(blocks=None, noise=torch.zeros(2, 16))
+    assert siameseim.visible_patches(draws, (4, 4), 0.6)[0].tolist() == [10, 11, 12, 13, 14, 15]
 
 
 def test_the_correlation_is_that_of_all_processes(npz, monkeypatch):
