@@ -26,7 +26,6 @@ give a verdict in 18 % of cases, three in 11 %). Claims 8 and 10 read JSON of ev
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -166,14 +165,11 @@ def shape_or_texture(features, shapes, textures, k=20):
 # one checkpoint ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def mean_tokens(vit, images, config, args, device):
-    """The mean patch token of all images at each depth: (depth + 1, D)."""
-    total = torch.zeros(len(vit.blocks) + 1, vit.dim, dtype=torch.float64)
-    for imgs in stream(images, in_order(images, args.batch), device, args.workers):
-        for depth, x in enumerate(vit.layers(prepare(imgs, config))):
-            total[depth] += x[:, 1:].float().mean(dim=1).cpu().double().sum(dim=0)
-    return (total / len(images)).float().to(device)
+def tokens_by_depth(vit, x):
+    """Yields the tokens (B, 1+N, D) before the first block and after each, without the final norm."""
+    yield (x := vit.embed(x))
+    for block in vit.blocks:
+        yield (x := block(x))
 
 
 @torch.no_grad()
@@ -184,15 +180,17 @@ def measure_images(vit, images, config, args, device):
     would fragment memory. Depth 0 is the input of the first block. Tokens are those before the final norm. spectrum:
     log10 of the singular values of an image's tokens over the largest, mean over images, for each depth.
     """
-    rows, spectra, grid = {}, [0.0] * (len(vit.blocks) + 1), ViT.grid_of(config["img_size"], vit.patch)
-    means = mean_tokens(vit, images, config, args, device)
+    rows, spectra, grid = {}, [0.0] * (len(vit.blocks) + 1), vit.grid
+    encode = lambda x: torch.cat([pooled(t, "mean") for t in tokens_by_depth(vit, x)], dim=1)
+    means = features(encode, images, config, device, batch=args.batch, workers=args.workers)
+    means = means.cpu().double().mean(dim=0).float().to(device).split(vit.dim)  # of all images, at each depth
 
     def note(depth, **values):
         for name, v in values.items():
             rows.setdefault(name, {}).setdefault(depth, []).extend(v.reshape(len(v), -1).mean(dim=1).tolist())
 
     for imgs in stream(images, in_order(images, args.batch), device, args.workers):
-        for depth, x in enumerate(vit.layers(prepare(imgs, config))):
+        for depth, x in enumerate(tokens_by_depth(vit, prepare(imgs, config))):
             tokens = x[:, 1:].float()
             bins = fourier_log_amplitude(tokens, grid)
             note(depth, fourier=bins[:, -1], fourier_without_dc=bins[:, -1] - bins[:, min(1, bins.shape[1] - 1)])
@@ -216,11 +214,12 @@ def features_by_depth(vit, images, config, args, device, noise=None):
 
     def encode(x):
         x = x if noise is None else x + noise(x.shape).to(x)
-        blocks = [vit.norm(t) for t in vit.layers(x)][1:]
-        return torch.cat([*(pooled(t, "mean") for t in blocks), pooled(blocks[-1], config["feature"])], dim=1)
+        layers = vit.layers(x)
+        return torch.cat([*(pooled(t, "mean") for t in layers), pooled(layers[-1], config["feature"])], dim=1)
 
     how = dict(batch=args.batch, workers=args.workers)
-    return features(encode, images, config, device, **how).chunk(len(vit.blocks) + 1, dim=1)
+    places = [vit.dim * i for i in range(1, len(vit.blocks) + 1)]  # the last may be "both", of twice the width
+    return features(encode, images, config, device, **how).tensor_split(places, dim=1)
 
 
 def measure_encoder(vit, config, sets, args, device):
@@ -229,7 +228,7 @@ def measure_encoder(vit, config, sets, args, device):
     """
     vit = vit.to(device).eval()
     by_image, spectrum = measure_images(vit, sets["test"], config, args, device)
-    found = dict(images=by_image, spectrum=spectrum)
+    found = dict(images=by_image, spectrum=spectrum, test=len(sets["test"]))
     train, test = (features_by_depth(vit, sets[s], config, args, device) for s in ("train", "test"))
     found["image_rank"] = [effective_rank(singular_values(t)).item() for t in test]
     if sets["train"].labels is not None and sets["test"].labels is not None:
@@ -398,11 +397,11 @@ def draw_queries(encoders, imgs, file):
 
     queries = [(0.35, 0.35), (0.65, 0.65)]  # y, x as shares of the image
     figure = Figure((1.6 * (1 + len(encoders)), 1.6 * len(queries) * len(imgs)), layout="constrained")
-    axes = figure.subplots(len(queries) * len(imgs), 1 + len(encoders), squeeze=False)
+    shape, bare = (len(queries) * len(imgs), 1 + len(encoders)), dict(xticks=[], yticks=[])
+    axes = figure.subplots(*shape, squeeze=False, subplot_kw=bare)
     for column, (name, (vit, config)) in enumerate(encoders.items(), 1):
-        grid = ViT.grid_of(config["img_size"], vit.patch)
-        x = prepare(imgs, config)
-        maps = patches_only(vit.attention(x).float()).mean(dim=1).unflatten(1, grid).unflatten(3, grid).cpu().numpy()
+        grid, maps = vit.grid, patches_only(vit.attention(prepare(imgs, config)).float()).mean(dim=1)
+        maps = maps.unflatten(1, grid).unflatten(3, grid).cpu().numpy()
         axes[0, column].set_title(name, fontsize=8)
         for row, (m, (y, x)) in enumerate((m, q) for m in maps for q in queries):
             y, x = int(y * grid[0]), int(x * grid[1])
@@ -414,8 +413,6 @@ def draw_queries(encoders, imgs, file):
     for row, (img, (y, x)) in enumerate((i, q) for i in shown for q in queries):
         axes[row, 0].imshow(img[[0, 1, 2] if len(img) == 3 else [0, 0, 0]].transpose(1, 2, 0))
         axes[row, 0].plot(x * img.shape[2], y * img.shape[1], "s", color="red", markersize=6, fillstyle="none")
-    for ax in axes.flatten():
-        ax.set(xticks=[], yticks=[])
     figure.savefig(file, dpi=100)
 
 
@@ -459,18 +456,19 @@ def read_result(file):
 @cli
 def main(argv=None):
     args = options(__doc__, OPTIONS, argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("this runs in one process: start it without torchrun")
     if not args.checkpoints:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
     if args.quick:
         args.limit, args.train_images = min(args.limit, 200), min(args.train_images, 500)
-    device = launch(args)
+    device = launch(args, alone=True)
     files = [c.rsplit("=", 1) if c.endswith(("=cl", "=mim")) else [c, None] for c in args.checkpoints]
     loaded = [(file, kind, *load_encoder(file, args.heads, quiet=True)) for file, kind in files]
     args.data = args.data or loaded[0][3].get("data", "demo.npz")
     results = [read_result(f) for f in args.results]
     sets, models = load_sets(args, max((config for *_, config in loaded), key=lambda c: max(c["img_size"]))), {}
+    torch.manual_seed(args.seed)
+    vit, config = loaded[0][2:]
+    loaded.append(("untrained", "untrained", ViT(**vit.config), config | dict(method="untrained")))
     for file, kind, vit, config in loaded:
         if config["in_chans"] != sets["test"].channels:
             raise InputError(f"{file} takes {config['in_chans']} channels, {args.data} has {sets['test'].channels}")
@@ -479,22 +477,15 @@ def main(argv=None):
         kind = kind or SIDES.get(config.get("method"), "other")
         method = config.get("method", name)
         models[name] = dict(kind=kind, method=method, found=measure_encoder(vit, config, sets, args, device))
-    vit, config = loaded[0][2:]
-    torch.manual_seed(args.seed)
-    untrained = ViT(**vit.config)
-    found = measure_encoder(untrained, config, sets, args, device)
-    models["untrained"] = dict(kind="untrained", method="untrained", found=found)
-    for m in models.values():
-        m["found"]["test"] = len(sets["test"])
     claims = verdicts(models, results, dict(files))
     if len({(*config["img_size"], config["patch"]) for *_, config in loaded}) > 1:  # of grids that differ
         for claim in claims:
             claim["verdict"] = "not comparable" if claim["claim"] in (1, 2, 5) else claim["verdict"]
 
-    out, patch, grid = Path(args.out), vit.patch, vit.grid
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    draw_sheet(models, out / "analysis.png", patch, grid)
-    encoders = dict(zip(models, [*((v, c) for *_, v, c in loaded), (untrained, config)], strict=True))
+    draw_sheet(models, out / "analysis.png", vit.patch, vit.grid)
+    encoders = dict(zip(models, ((v, c) for *_, v, c in loaded), strict=True))
     sample = sets["test"].subset(3)
     draw_queries(encoders, next(stream(sample, in_order(sample, 3), device, 0)), out / "queries.png")
     tables = {name: curves(m["found"]) for name, m in models.items()}

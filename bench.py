@@ -20,12 +20,12 @@ in that time, as measured on one large product in the row's precision beside it.
 import argparse
 import contextlib
 import json
-import math
 import shlex
 import statistics
 import subprocess
 import sys
 import time
+import timeit
 from types import SimpleNamespace
 from unittest import mock
 
@@ -54,10 +54,9 @@ def run_args(row, rest):
     method, *own = shlex.split(row)
     if method not in METHODS:
         raise InputError(f"--rows {row}: begin with one of {', '.join(METHODS)}")
-    script, fixed = METHODS[method][0], dict(method=method)
+    script = METHODS[method][0]
     table = script.OPTIONS | (mae_pcae.PCAE_OPTIONS if method == "pcae" else {})
-    table = {name: row for name, row in table.items() if name != "method"}
-    args = options(script.__doc__, table, ["--preset", "32", "--batch", "64", *rest, *own], **fixed)
+    args = options(script.__doc__, table, ["--preset", "32", "--batch", "64", *rest, *own], method=method)
     settle(args, table, 32)
     return args
 
@@ -114,14 +113,8 @@ def ceiling(device, dtype, wait):
     """Multiplications a second of a large matrix product: the best of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(10):
-        wait()
-        start = time.perf_counter()
-        a @ b
-        wait()
-        best = min(best, time.perf_counter() - start)
-    return n**3 / best
+    wait()
+    return n**3 / min(timeit.repeat(lambda: (a @ b, wait()), number=1, repeat=10))
 
 
 def measure(run, steps, build):
@@ -173,8 +166,7 @@ def table(turns):
     middle = lambda seen, key: statistics.median(turn[key] for turn in seen)
     base = statistics.median(t for turn in last for t in turn["times"])
     print(f"last columns: beside {list(turns)[-1]}")
-    columns = f"{'':{width}} {'precision':>10}{'images/s':>10}{'ms/step':>9}{'MiB':>8}{'GMACs':>9}{'MFU':>7}"
-    print(columns + "   speed memory")
+    print(f"{'':{width}}  precision  images/s  ms/step     MiB    GMACs    MFU   speed memory")
     for row, seen in turns.items():
         ms = 1e3 * statistics.median(t for turn in seen for t in turn["times"])
         batch, gmacs = seen[0]["batch"], seen[0]["gmacs"]

@@ -26,7 +26,6 @@ Differs from the authors' code:
 - Images are decoded as squares, at a random place if oblong, of the network's size (above 64 px, of up to twice that),
   and crops are taken from these (theirs: from the whole image).
 - Position embeddings are interpolated to the exact size (see vit.py). Mean and std are those of the data set.
-- The last block computes the CLS token alone, as nothing else is read. The output is the same.
 - A gradient that is not finite skips the step (theirs: a loss that is not finite ends the run).
 - --batch counts all processes and micro-batches. Precision is bf16 where the hardware has it (theirs: fp16).
 - The teacher's temperature rises step by step (theirs: epoch by epoch).
@@ -227,7 +226,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     net: a DINO. imgs: uint8 (B, C, S, S). draws: what sample_step drew. schedule: what schedules gave for this step.
     Returns (4,): loss, the teacher's entropy, KL and the gradient's norm.
     """
-    loss_fn = LOSSES.get(args.ablate, dino_loss)
+    loss_fn = dict(mse=mse_loss, infonce=infonce_loss).get(args.ablate, dino_loss)
     total, batch_mean = 0, 0
     for x, d_global, d_local in micro_batches(args.accumulate, imgs, *draws):
         s, t = outputs(net, x, d_global, d_local, args)
@@ -285,9 +284,6 @@ def pairwise(student, teacher, center, temp, loss):
     return sum(pairs) / len(pairs), *dino_loss(student.detach(), teacher, center, **temp)[1:]
 
 
-LOSSES = dict(mse=mse_loss, infonce=infonce_loss)
-
-
 def collapse(entropy, kl, prototypes):
     """A warning once the output hardly depends on the image (in a collapse KL is 0, section 5.3), else None."""
     if not (kl <= 0.01 * math.log(prototypes) or entropy >= 0.999 * math.log(prototypes)):  # nan: a skipped step
@@ -329,7 +325,6 @@ def main(argv=None, images=None):
     net = DINO(shape_of(args, train.channels), args, *train.stats()).to(device)
     if args.init:
         start_from(args.init, net.student.vit, net)
-        net.start_teacher()
     optimizer, scaler = adamw(net.student, args.precision)
     run = Run(args, net, net.teacher.vit, optimizer, scaler, train, test)
     run.resume()
@@ -345,8 +340,7 @@ def main(argv=None, images=None):
             loss, entropy, kl, norm = mean_over_processes(stats).tolist()
             warning = collapse(entropy, kl, args.prototypes) if step >= args.warmup * run.steps_per_epoch else None
             run.log(step, warning, loss=loss, entropy=entropy, kl=kl, grad_norm=norm, lr=schedule.lr)
-        if run.knn_due(step):
-            run.measure_knn(step)
+        run.knn_when_due(step)
         if run.save_due(step):
             run.save(step)
             run.draw_curve()

@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from PIL import Image
 
 from eval_linear import EVALUATION, RATES, accuracies, open_encoder, report, train_heads
@@ -50,14 +49,12 @@ OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("batch", "worker
 
 def load_demo(side, count):
     """The demo set's images (n, C, S, S) and masks (n, S, S), of training and test."""
-    pairs = []
     with np.load(Path(__file__).with_name("demo.npz")) as z:
         for split, images in zip(("train", "test"), open_images(), strict=True):
             mask = torch.from_numpy(np.unpackbits(z[f"{split}_masks"], axis=1).reshape(-1, 1, 32, 32))
             mask = F.interpolate(mask.float(), size=(side, side), mode="nearest")[:, 0].long()
             images = images.at(side)
-            pairs.append((torch.stack([images.read(i) for i in range(min(count, len(images)))]), mask[:count]))
-    return pairs
+            yield torch.stack([images.read(i) for i in range(min(count, len(images)))]), mask[:count]
 
 
 def load_pairs(folder, side, count):
@@ -102,7 +99,7 @@ def load_splits(args, side):
             raise InputError("--train and --test: give both, or --data")
         pairs = [load_pairs(folder, side, args.limit) for folder in (args.train, args.test)]
     elif Path(args.data or "demo.npz").name == "demo.npz":
-        pairs = load_demo(side, args.limit)
+        pairs = list(load_demo(side, args.limit))
     else:
         x, m = load_pairs(args.data, side, 2 * args.limit)
         test = torch.arange(len(x)) % 10 == 9 if len(x) > 9 else torch.arange(len(x)) == len(x) - 1
@@ -118,22 +115,22 @@ def load_splits(args, side):
 # attention -----------------------------------------------------------------------------------------------------------
 
 
-def jaccard(found, wanted, valid):
-    """Intersection over union of bool masks (..., S, S), pixels outside `valid` left out: (...)."""
-    both, either = (found & wanted & valid).sum((-2, -1)), ((found | wanted) & valid).sum((-2, -1))
-    return both / either.clamp(min=1)
+def overlaps(found, wanted, valid):
+    """Intersection and union of bool masks (..., S, S), pixels outside `valid` left out: two (...)."""
+    return (found & wanted & valid).sum((-2, -1)), ((found | wanted) & valid).sum((-2, -1))
 
 
 @torch.no_grad()
 def from_attention(vit, imgs, masks, config, mass, device):
     """Jaccard index of the best head of each image that has a foreground: (images,)."""
-    out, h = [], ViT.grid_of(config["img_size"], vit.patch)[0]
+    out = []
     for x, m in zip(imgs.split(50), masks.split(50), strict=True):
         x, m = prepare(x.to(device), config), m.to(device)[:, None]
-        kept = attention_mask(vit.attention(x)[:, :, 0, 1:], mass)
-        kept = F.interpolate(rearrange(kept, "b n (h w) -> b n h w", h=h).float(), size=m.shape[-2:]) > 0.5
+        kept = attention_mask(vit.attention(x)[:, :, 0, 1:], mass).unflatten(2, vit.grid)
+        kept = F.interpolate(kept.float(), size=m.shape[-2:]) > 0.5
         foreground = (m > 0) & (m != 255)
-        best = jaccard(kept, foreground, m != 255).amax(dim=1)
+        both, either = overlaps(kept, foreground, m != 255)
+        best = (both / either.clamp(min=1)).amax(dim=1)
         out.append(best[foreground.flatten(1).any(dim=1)].cpu())
     return torch.cat(out)
 
@@ -157,17 +154,10 @@ def patch_labels(masks, grid, classes):
     return count.argmax(dim=1).where(count.sum(dim=1) > 0, 255)
 
 
-def overlaps(found, wanted, classes):
-    """Intersections and unions of every class in each image, masks (n, S, S), 255 left out: two (n, classes)."""
-    valid, c = (wanted != 255)[:, None], torch.arange(classes).view(1, -1, 1, 1)
-    found, wanted = found[:, None] == c, wanted[:, None] == c
-    return (found & wanted & valid).sum((2, 3)).double(), ((found | wanted) & valid).sum((2, 3)).double()
-
-
 def mean_iou(both, either):
     """Mean IoU over the classes that occur, of intersections and unions (..., classes): (...)."""
     seen = either > 0
-    return (both / either.clamp(min=1) * seen).sum(-1) / seen.sum(-1).clamp(min=1)
+    return (both.double() / either.clamp(min=1) * seen).sum(-1) / seen.sum(-1).clamp(min=1)
 
 
 def linear_features(train, y, test, masks, grid, classes, device):
@@ -190,9 +180,9 @@ def linear_features(train, y, test, masks, grid, classes, device):
     tried = accuracies(norm(x[kept:]) @ weight + bias, y[kept:])
     norm, weight, bias = fit(len(x), [RATES[tried.index(max(tried))]])
     found = (norm(test.flatten(0, 1)) @ weight + bias)[0].argmax(dim=-1).cpu()
-    found = rearrange(found, "(b h w) -> b 1 h w", h=grid[0], w=grid[1]).float()
-    parts = zip(found.split(20), masks.split(20), strict=True)
-    parts = [overlaps(F.interpolate(f, size=m.shape[-2:])[:, 0].long(), m, classes) for f, m in parts]
+    found, c = found.view(-1, 1, *grid).float(), torch.arange(classes).view(1, -1, 1, 1)
+    parts = zip(found.split(20), masks[:, None].split(20), strict=True)
+    parts = [overlaps(F.interpolate(f, size=m.shape[-2:]) == c, m == c, m != 255) for f, m in parts]
     both, either = (torch.cat(part) for part in zip(*parts, strict=True))
     return mean_iou(both, either), mean_iou(both.sum(0), either.sum(0)).item()
 
@@ -200,22 +190,17 @@ def linear_features(train, y, test, masks, grid, classes, device):
 @cli
 def main(argv=None):
     args = options(__doc__, OPTIONS, argv, precision="fp32")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("this runs in one process: start it without torchrun")
     if args.limit < 2 or not args.mass:
         raise InputError("--limit must be 2 or more, --mass above 0")
-    device = launch(args)
-    given = args.data
+    device = launch(args, alone=True)
     vit, config = open_encoder(args)
-    args.data = given
     if config["img_size"][0] != config["img_size"][1]:
         raise InputError(f"{args.checkpoint} takes {config['img_size']} px: give one --img-size, masks are square here")
     if config["in_chans"] != 3:
         raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, the images here have 3")
     (train, test), classes = load_splits(args, config["img_size"][0])
     args.data = args.data or args.test or "demo.npz"
-    grid = ViT.grid_of(config["img_size"], vit.patch)
-    labels = torch.cat([patch_labels(m, grid, classes) for m in train[1].split(50)]).flatten().to(device)
+    labels = torch.cat([patch_labels(m, vit.grid, classes) for m in train[1].split(50)]).flatten().to(device)
     torch.manual_seed(args.seed)
     nets = dict(untrained=ViT(**vit.config).to(device).eval(), trained=vit.to(device))
     error = lambda v: round(100 * (v.std() / len(v) ** 0.5).item(), 2) if len(v) > 1 else 0.0
@@ -225,7 +210,8 @@ def main(argv=None):
         pairs = [test] if args.test else [train, test]
         seen = torch.cat([from_attention(net, *pair, config, args.mass, device) for pair in pairs])
         tokens = (by_block(net, imgs, config, device) for imgs, _ in (train, test))
-        depths = [linear_features(a, labels, b, test[1], grid, classes, device) for a, b in zip(*tokens, strict=True)]
+        tokens = zip(*tokens, strict=True)
+        depths = [linear_features(a, labels, b, test[1], vit.grid, classes, device) for a, b in tokens]
         found = dict(jaccard=percent(seen.mean()), jaccard_error=error(seen), jaccard_images=len(seen))
         found["dense_by_block"] = [percent(v.mean()) for v, _ in depths]
         found["miou_by_block"] = [percent(m) for _, m in depths]

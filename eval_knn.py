@@ -20,24 +20,16 @@ import numpy as np
 import torch
 
 from eval_linear import EVALUATION, open_encoder, open_labelled, report
-from vit import (
-    COUNT,
-    PRECISION,
-    InputError,
-    ViT,
-    cli,
-    features,
-    knn,
-    launch,
-    mean_over_processes,
-    options,
-    pixels,
-    processes,
-)
+
+# isort: off
+from vit import InputError, ViT  # 1 network
+from vit import mean_over_processes, processes  # 4 training step
+from vit import features, knn, pixels  # 5 evaluation
+from vit import PAIR, PRECISION, cli, launch, options  # 7 runs
 
 OPTIONS = EVALUATION | dict(
     precision=("fp32", *PRECISION[1:]),
-    k=((1, 5, 10, 20, 100, 200), "numbers of neighbours", COUNT | dict(nargs="+")),
+    k=((1, 5, 10, 20, 100, 200), "numbers of neighbours", PAIR),
     temperature=(0.07, "of the votes"),
     baselines=(True, "also measure raw pixels and the untrained network"),
     dump=(None, "write train_cls, train_mean, train_labels, test_..., classes to this .npz", dict(metavar="FILE")),
@@ -79,9 +71,7 @@ def main(argv=None):
         for name, by_k in results.items():
             print(f"{name:>9}" + "".join(f"{v:8.2f}" for v in by_k.values()))
         if args.dump:
-            dump = {
-                f"{s}_{n}": v.cpu().numpy() for s, x in vectors.items() for n, v in x.items() if n in ("cls", "mean")
-            }
+            dump = {f"{s}_{n}": x[n].cpu().numpy() for s, x in vectors.items() for n in ("cls", "mean")}
             dump |= {f"{s}_labels": y.cpu().numpy() for s, y in labels.items()}
             with open(args.dump, "wb") as f:
                 np.savez(f, **dump, classes=train.classes)

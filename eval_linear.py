@@ -32,6 +32,7 @@ deviation of .01 (theirs: 2e-5). --scratch is this recipe without layer decay, n
 import json
 import math
 import time
+import timeit
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,12 +48,11 @@ from vit import crop_resize, sample_boxes  # 3 views
 from vit import autocast, average_and_clip, cosine, mean_over_processes, my_rows, processes  # 4 training step
 from vit import features, gather  # 5 evaluation
 from vit import load_checkpoint, load_encoder, reading, save_checkpoint  # 6 checkpoints
-from vit import COUNT, DATA_HELP, DEVICE, PRECISION, SHARE, Run, cli, launch, options, process_0_first  # 7 runs
+from vit import COUNT, DATA_HELP, DEVICE, PRECISION, SHARE, Run, cli, launch, options  # 7 runs
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-FILE = dict(flag="checkpoint", nargs="?")
 EVALUATION = dict(  # the options of every evaluation
-    checkpoint=(None, "last.pt of a run, a file of weights/, the authors' or timm's", FILE),
+    checkpoint=(None, "last.pt of a run, a file of weights/, the authors', timm's", dict(flag="checkpoint", nargs="?")),
     data=(None, f"{DATA_HELP} (what the run was trained on)"),
     img_size=(None, "input of the network, px (what the checkpoint says)", COUNT),
     heads=(None, "attention heads, for files of others, which do not tell", COUNT),
@@ -91,7 +91,7 @@ FINETUNE_ONLY = ("scratch", "drop_ratio", "lr", "layer_decay", "drop_path", "mix
 
 
 def open_encoder(args):
-    """The encoder in args.checkpoint and its config, with --img-size; fills in args.data."""
+    """The encoder in args.checkpoint and its config, with --img-size."""
     if not args.checkpoint:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
     vit, config = load_encoder(args.checkpoint, args.heads, quiet=processes()[0] > 0)
@@ -101,23 +101,19 @@ def open_encoder(args):
         vit.pos_embed.data, vit.grid = vit.positions(grid).data.clone(), grid
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise InputError(f"--json {args.json}: no such folder")
-    args.data = args.data or config.get("data", "demo.npz")
     return vit, config
 
 
 def open_labelled(args, config, whole=False):
-    """Training and test images with labels, of the size that the network needs; whole: see open_images."""
-    rank, world = processes()
-    with process_0_first():
-        sets = open_images(args.data, whole=whole)
+    """Labelled training and test images of the size that the network needs; fills in args.data. whole: open_images."""
+    args.data = args.data or config.get("data", "demo.npz")
+    sets = open_images(args.data, whole=whole)
     if any(s.labels is None for s in sets):
         raise InputError(f"--data {args.data} has no labels: this needs class folders, or labels in the .npz")
     if sets[0].channels != config["in_chans"]:
         raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets[0].channels}")
-    sets = [s.subset(args.limit or len(s)).at(resize_side(config["img_size"]), quiet=rank > 0) for s in sets]
-    if min(map(len, sets)) < world:
-        raise InputError(f"--data {args.data}: fewer images than the {world} processes")
-    return sets
+    side, quiet = resize_side(config["img_size"]), processes()[0] > 0
+    return [s.subset(args.limit or len(s)).at(side, quiet) for s in sets]
 
 
 def report(task, args, config, results):
@@ -155,11 +151,6 @@ def sample_mixes(args, step, side, config):
     box = sample_boxes((args.batch, 1), side, args.crop_scale, w / h, g)
     flip = torch.rand((args.batch, 1), generator=g) < 0.5
     return dict(box=box, flip=flip, weight=torch.maximum(weight, 1 - weight).float())
-
-
-def augment(imgs, draws, size, mean, std):
-    """uint8 (B, C, S, S) -> normalised random resized crops (B, C, h, w)."""
-    return (crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size) - mean) / std
 
 
 def statistics(config, device):
@@ -224,14 +215,6 @@ class Classifier(nn.Module):
         return self.head(self.norm(self.encode(imgs)))
 
 
-def predict(net, images, config, device, args):
-    """Logits of all images, (N, classes)."""
-    training = net.training
-    logits = features(net.eval(), images, config, device, args.precision, args.batch, args.workers)
-    net.train(training)
-    return logits
-
-
 def save_classifier(file, net, config, classes):
     """What apply() needs: encoder, norm and linear layer with their config, and the names of the classes."""
     state = dict(classifier=net.state_dict(), how=net.config, encoder=net.vit.state_dict())
@@ -249,7 +232,8 @@ def apply(args, vit, config, device):
     if unknown:
         raise InputError(f"--data {args.data} has classes that were not trained: {', '.join(unknown[:5])}")
     own = [classes.index(c) for c in test.classes]
-    logits = predict(net.to(device), test, config, device, args)[:, own]
+    net = net.to(device).eval()
+    logits = features(net, test, config, device, args.precision, args.batch, args.workers)[:, own]
     accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
     return dict(accuracy=accuracy, test=len(test), classes=len(own))
 
@@ -295,8 +279,8 @@ def probe(args, net, train, test, config, device):
         for step, ((index, _), imgs) in enumerate(zip(keys, stream(train, keys, device, args.workers), strict=True)):
             draws = my_rows(sample_mixes(mixes, step, train.side, config), device)
             with torch.no_grad(), autocast(device, args.precision):
-                crops = augment(imgs, draws, config["img_size"], mean, std)
-                found = net.encode(crops).float()
+                crops = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], config["img_size"])
+                found = net.encode((crops - mean) / std).float()
             yield torch.cat(gather(found)), torch.cat(gather(y[index]))
 
     def fit(n, rates):
@@ -327,7 +311,6 @@ def probe(args, net, train, test, config, device):
 
 def probe_seeds(args, vit, train, test, config, device):
     """probe() for --seeds draws of labels: mean, standard deviation, and each."""
-    config = dict(config, feature=args.feature or config["feature"])
     net = Classifier(vit, len(train.classes), config["feature"], args.layers, norm="batch").to(device).eval()
     found = []
     for seed in range(args.seed, args.seed + args.seeds):
@@ -380,7 +363,7 @@ def mixed_loss(net, imgs, labels, weight, smoothing):
 
 def finetune_step(net, optimizer, scaler, imgs, labels, draws, lr, size, args):
     """One optimiser step. Returns the loss, (), still on the device."""
-    x = augment(imgs, draws, size, net.mean, net.std)
+    x = (crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size) - net.mean) / net.std
     with autocast(x.device, args.precision):
         loss = mixed_loss(net, x, labels, draws["weight"], args.smoothing)
     scaler.scale(loss).backward()
@@ -398,8 +381,7 @@ def finetune(args, vit, train, test, config, device):
     """Accuracy after fine-tuning, percent, with the speed and the MACs of what was trained."""
     rank, world = processes()
     train = train.pick(share_of_labels(train.labels, args.labels, args.seed)) if args.labels < 1 else train
-    feature = args.feature or config["feature"]
-    config = dict(config, feature=feature)
+    feature = config["feature"]
     torch.manual_seed(args.seed)
     args.encoder = sum(p.detach().double().abs().sum().item() for p in vit.parameters())  # resumes from it only
     vit = ViT(**vit.config) if args.scratch else vit
@@ -408,8 +390,7 @@ def finetune(args, vit, train, test, config, device):
         block.drop_path = rate
     norm = "layer" if feature == "mean" else "none"
     net = Classifier(vit, len(train.classes), feature, norm=norm, ratio=args.drop_ratio).to(device)
-    for name, value in zip(("mean", "std"), statistics(config, device), strict=True):
-        net.register_buffer(name, value, persistent=False)
+    net.mean, net.std = statistics(config, device)
     optimizer = torch.optim.AdamW(layer_groups(net, args.layer_decay, args.weight_decay), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     batch = min(args.batch, len(train)) // (2 * world) * 2 * world
@@ -440,7 +421,8 @@ def finetune(args, vit, train, test, config, device):
                 raise InputError(f"the loss is {value:.3g}: lower --lr")
         if (step + 1) % run.steps_per_epoch == 0:
             paused = time.perf_counter()
-            logits = predict(net, test, config, device, args)
+            logits = features(net.eval(), test, config, device, args.precision, args.batch, args.workers)
+            net.train()
             accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
             run.write(step=step + 1, epoch=(step + 1) // run.steps_per_epoch, accuracy=accuracy)
             run.since += time.perf_counter() - paused
@@ -467,15 +449,12 @@ def finetune(args, vit, train, test, config, device):
 @torch.no_grad()
 def speed(net, imgs, ratio, turns=9):
     """Images per second with dropping over those without, measured in turns: the median ratio."""
-    ratios = []
-    for _ in range(turns):
-        taken = []
-        for net.ratio in (0.0, ratio):
-            start = time.perf_counter()
-            net(imgs).sum().item()  # waits for the device
-            taken.append(time.perf_counter() - start)
-        ratios.append(taken[0] / taken[1])
-    return round(float(np.median(ratios)), 3)
+
+    def seconds(ratio):
+        net.ratio = ratio
+        return timeit.timeit(lambda: net(imgs).sum().item(), number=1)  # waits for the device
+
+    return round(float(np.median([seconds(0.0) / seconds(ratio) for _ in range(turns)])), 3)
 
 
 def check(args):
@@ -508,6 +487,7 @@ def main(argv=None):
             raise InputError(f"{args.checkpoint} is a classifier, which is applied: leave options of training out")
         return report("classifier", args, config, apply(args, vit, config, device))
     train, test = open_labelled(args, config)
+    config["feature"] = args.feature or config["feature"]
     if args.finetune:
         return report("finetune", args, config, finetune(args, vit, train, test, config, device))
     return report("linear", args, config, probe_seeds(args, vit, train, test, config, device))

@@ -3,15 +3,9 @@
 import functools
 from pathlib import Path
 
-from vit import load_encoder
+from vit import load_encoder as encoder
 
 dependencies = ["torch", "torchvision", "einops", "numpy", "PIL", "tqdm"]
-
-
-def encoder(file, **options):
-    """The encoder in a checkpoint, ours, the authors' or timm's, and its config; see vit.load_encoder."""
-    return load_encoder(file, **options)
-
 
 for file in sorted((Path(__file__).parent / "weights").glob("*.pt")):
     globals()[file.stem.replace("-", "_")] = functools.partial(encoder, file, quiet=True)

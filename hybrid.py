@@ -132,7 +132,6 @@ def main(argv=None, images=None):
     net = Hybrid(shape_of(args, train.channels), args, *train.stats()).to(device)
     if args.init:
         start_from(args.init, net.mae.vit, net)
-        net.start_teacher()
     optimizer, scaler = adamw(net, args.precision)
     run = Run(args, net, net.teacher.vit, optimizer, scaler, train, test)
     run.resume()
@@ -149,8 +148,7 @@ def main(argv=None, images=None):
             row = dict(zip(names, mean_over_processes(stats).tolist(), strict=True), lr=schedule.lr)
             kl = row["cl"] - row["entropy"] if step >= args.warmup * run.steps_per_epoch and args.weight else math.inf
             run.log(step, dino.collapse(row["entropy"], kl, args.prototypes), **row)
-        if run.knn_due(step):
-            run.measure_knn(step)
+        run.knn_when_due(step)
         if run.save_due(step):
             run.save(step)
             run.draw_curve()

@@ -29,7 +29,6 @@ Differs from the authors' code:
 - The encoder's linear layers start from a truncated normal of 0.02, its patch embedding from PyTorch's default (theirs:
   Xavier-uniform, which the decoder has here too: with small weights it takes long to look beyond positions).
   --norm-pix is on.
-- The decoder's last block computes only the predicted patches, as nothing else is read. The output is the same.
 - PCAE: the paper's criterion, cosine to the mean token (theirs: to the mean of unit vectors, --criterion unit). The
   teacher starts as a copy of the student and moves once in an optimiser step (theirs: copied only when distributed,
   moved in every micro-batch). Predictions have the encoder's width (theirs: that of a patch's pixels). No drop path by
@@ -142,7 +141,7 @@ class MAE(nn.Module):
         self.decoder_embed = nn.Linear(self.vit.dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.decoder_pos_embed = nn.Parameter(sincos_grid(self.vit.grid, dim), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(dim, args.decoder_heads) for _ in range(args.decoder_depth))
+        self.decoder_blocks = nn.Sequential(*(Block(dim, args.decoder_heads) for _ in range(args.decoder_depth)))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dim, out or args.patch**2 * shape["in_chans"])
         for m in [self.decoder_embed, *self.decoder_blocks.modules(), self.decoder_pred]:
@@ -159,9 +158,7 @@ class MAE(nn.Module):
         pos = self.decoder_pos_embed.expand(len(latent), -1, -1)
         visible_pos = torch.cat([pos[:, :1], gather_tokens(pos[:, 1:], visible)], dim=1)  # CLS first
         wanted_tokens = self.mask_token + gather_tokens(pos[:, 1:], wanted)
-        x = torch.cat([wanted_tokens, self.decoder_embed(latent) + visible_pos], dim=1)
-        for block in self.decoder_blocks[:-1]:
-            x = block(x)
+        x = self.decoder_blocks[:-1](torch.cat([wanted_tokens, self.decoder_embed(latent) + visible_pos], dim=1))
         x = self.decoder_blocks[-1](x, queries=wanted.shape[1])  # the wanted ones come first; nothing else is read
         return self.decoder_pred(self.decoder_norm(x))
 
@@ -174,11 +171,7 @@ class MAE(nn.Module):
         target = standardise(target) if self.norm_pix else target
         return (pred - target).square().mean(), spread(pred), spread(target)
 
-    def start_teacher(self):
-        """Nothing to do: MAE has no teacher."""
-
-    def update_teacher(self, weight):
-        """Nothing to do: MAE has no teacher."""
+    start_teacher = update_teacher = lambda self, *weight: None  # MAE has no teacher
 
     def compile(self):
         super().compile(dynamic=False)
@@ -312,7 +305,6 @@ def main(argv=None, images=None):
     net = METHODS[args.method](shape_of(args, train.channels), args, *train.stats()).to(device)
     if args.init:
         start_from(args.init, net.vit, net)
-        net.start_teacher()
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))
     run = Run(args, net, net.vit, optimizer, scaler, train, test)
     run.resume()
@@ -331,8 +323,7 @@ def main(argv=None, images=None):
             flat = min(pred_std, target_std) < 1e-3 and step >= args.warmup * run.steps_per_epoch
             warning = "COLLAPSED: predictions or targets no longer differ" if flat else None
             run.log(step, warning, loss=loss, pred_std=pred_std, target_std=target_std, grad_norm=norm, lr=schedule.lr)
-        if run.knn_due(step):
-            run.measure_knn(step)
+        run.knn_when_due(step)
         if run.save_due(step):
             run.save(step)
             run.draw_curve()

@@ -24,7 +24,6 @@ Differs from the authors' code:
   the network's size (above 64 px, of up to twice that). Mean and std are those of the data set.
 - Block-wise masks: a block too many is thinned at random, and what 12 blocks leave is filled at random (theirs: redrawn
   up to ten times, then the same). Random masks work (theirs: disabled).
-- The target network moves at the end of a step (theirs: at the beginning of the next; apart from the first, the same).
 - BatchNorm always uses the statistics of its batch and keeps none. They are over all processes on CPUs too. With
   --accumulate they are those of a micro-batch (with --norm layer the result is that of the whole batch).
 - C is a mean over processes without need of a process group, and no (tokens x tokens) matrix is built.
@@ -93,34 +92,26 @@ OPTIONS = COMMON | dict(
 # views, masks, and where they lie ------------------------------------------------------------------------------------
 
 
-def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
-    """All random numbers of `views` crops of each image, a dict of (batch, views, ...): BYOL's augmentation.
-
-    side: of the images, px. size (h, w): of the views. scale: area of the crops. blur, solarize: a probability for
-    each view. color: strength of the rest, 1 as published.
+def sample_step(args, step, side):
+    """All random numbers of a step, for the whole batch: BYOL's augmentation of two views of each image, a dict of
+    (batch, 2, ...), and what hides patches of view a. side: of the images, px.
     """
-    rand = lambda: torch.rand((batch, views), generator=g)
-    draws = dict(box=sample_boxes((batch, views), side, scale, size[1] / size[0], g), flip=rand() < 0.5)
+    g, (h, w), color = seeded(args.seed, step), args.img_size, args.color
+    rand = lambda: torch.rand((args.batch, 2), generator=g)
+    draws = dict(box=sample_boxes((args.batch, 2), side, args.crop_scale, w / h, g), flip=rand() < 0.5)
     jitter = rand() < 0.8  # one coin for all four
     factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
     draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
     draws |= dict(hue=factor(0.0, 0.1), keep_color=(rand() >= 0.2 * color).float())  # 0 makes the image grey
     sigma = 0.1 + 1.9 * rand()  # px of a 224 px image
-    draws["sigma"] = sigma.where(rand() < torch.tensor(blur), 0.0)
-    draws["solarize"] = rand() < color * torch.tensor(solarize)
-    return draws
-
-
-def sample_step(args, step, side):
-    """All random numbers of a step, for the whole batch: two views of each image; what hides patches of one."""
-    g, grid = seeded(args.seed, step), ViT.grid_of(args.img_size, args.patch)
-    pair = sample_views(args.batch, 2, side, args.img_size, args.crop_scale, args.blur, [0.0, 0.2], args.color, g)
+    draws["sigma"] = sigma.where(rand() < torch.tensor(args.blur), 0.0)
+    draws["solarize"] = rand() < color * torch.tensor([0.0, 0.2])
     if args.mask == "block":
-        pair["blocks"] = torch.rand((12, 4, args.batch), generator=g).permute(2, 0, 1)
-    pair["noise"] = torch.rand((args.batch, math.prod(grid)), generator=g)
+        draws["blocks"] = torch.rand((12, 4, args.batch), generator=g).permute(2, 0, 1)
+    draws["noise"] = torch.rand((args.batch, h * w // args.patch**2), generator=g)
     if args.ablate == "same-view":  # view b is the crop of view a; the colours stay two
-        pair |= {k: pair[k][:, :1].repeat_interleave(2, dim=1) for k in ("box", "flip")}
-    return pair
+        draws |= {k: draws[k][:, :1].repeat_interleave(2, dim=1) for k in ("box", "flip")}
+    return draws
 
 
 def visible_patches(draws, grid, ratio):
@@ -177,7 +168,7 @@ def relative_positions(box, flip, side, grid, dim):
 
 
 def augment(imgs, draws, size, unit, mean, std):
-    """uint8 (B, C, S, S) and what sample_views drew -> normalised views (V·B, C, h, w), view by view.
+    """uint8 (B, C, S, S) and what sample_step drew -> normalised views (2·B, C, h, w), view by view.
 
     unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
     """
@@ -222,7 +213,7 @@ NORMS = dict(batch=TokenBatchNorm, layer=functools.partial(nn.LayerNorm, eps=1e-
 
 
 def blocks(args, depth):
-    return nn.ModuleList(Block(args.decoder_dim, args.decoder_heads, norm=NORMS[args.norm]) for _ in range(depth))
+    return nn.Sequential(*(Block(args.decoder_dim, args.decoder_heads, norm=NORMS[args.norm]) for _ in range(depth)))
 
 
 class Tower(nn.Module):
@@ -236,10 +227,7 @@ class Tower(nn.Module):
 
     def forward(self, imgs, visible=None):
         """(B, C, h, w), visible (B, n) or all -> (B, 1+n, decoder_dim)."""
-        x = self.embed(self.vit(imgs, visible))
-        for block in self.projector:
-            x = block(x)
-        return x
+        return self.projector(self.embed(self.vit(imgs, visible)))
 
 
 class SiameseIM(nn.Module):
@@ -290,10 +278,7 @@ class SiameseIM(nn.Module):
         pos = self.decoder_pos_embed.expand(len(imgs), -1, -1)
         x = self.online(imgs, visible) + gather_tokens(pos, F.pad(visible + 1, (1, 0)))  # CLS is position 0
         wanted = self.mask_token + self.position(relative_positions(box, flip, side, self.grid, pos.shape[-1]))
-        x = torch.cat([wanted, x], dim=1)
-        for block in self.decoder:
-            x = block(x)
-        return self.pred(x[:, : wanted.shape[1]])
+        return self.pred(self.decoder(torch.cat([wanted, x], dim=1))[:, : wanted.shape[1]])
 
 
 def correlation(z):
@@ -400,7 +385,6 @@ def main(argv=None, images=None):
     net = SiameseIM(shape_of(args, train.channels), args, *train.stats()).to(device)
     if args.init:
         start_from(args.init, net.online.vit, net)
-        net.start_teacher()
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))
     run = Run(args, net, net.online.vit, optimizer, scaler, train, test)
     run.resume()
@@ -419,8 +403,7 @@ def main(argv=None, images=None):
             warning = "COLLAPSED: targets no longer differ from position to position" if flat else None
             row = dict(loss=loss, uniformity=uniformity, target_std=target_std, grad_norm=norm, lr=schedule.lr)
             run.log(step, warning, **row)
-        if run.knn_due(step):
-            run.measure_knn(step)
+        run.knn_when_due(step)
         if run.save_due(step):
             run.save(step)
             run.draw_curve()

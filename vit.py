@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
+from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -162,8 +163,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         tokens = 1 + self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim), requires_grad=pos == "learned")
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
+        self.blocks = nn.Sequential(*(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
         for m in self.modules():
             if isinstance(m, nn.Linear):
@@ -200,31 +200,22 @@ class ViT(nn.Module):
         return torch.cat([cls, F.linear(x, proj.weight.flatten(1), proj.bias) + pos], dim=1)
 
     def forward(self, imgs, visible=None):
-        x = self.embed(imgs, visible)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(self.embed(imgs, visible)))
 
     def cls(self, imgs):
         """forward(imgs)[:, 0], (B, D), faster: the last block computes the CLS token alone, as nothing else is read."""
-        x = self.embed(imgs)
-        for block in self.blocks[:-1]:
-            x = block(x)
+        x = self.blocks[:-1](self.embed(imgs))
         return self.norm(self.blocks[-1](x, queries=1))[:, 0]
 
     def layers(self, imgs):
-        """Yields the tokens (B, 1+N, D) before the first block and after each, without the final norm."""
-        yield (x := self.embed(imgs))
-        for block in self.blocks:
-            yield (x := block(x))
+        """The tokens after each block, through the final norm: a list of `depth` tensors (B, 1+N, D)."""
+        x = self.embed(imgs)
+        return [self.norm(x := block(x)) for block in self.blocks]
 
     def attention(self, imgs, layer=-1):
         """Softmax attention of one block, (B, H, 1+N, 1+N); row 0 shows where the CLS token attends."""
-        x = self.embed(imgs)
-        for block in self.blocks[:layer]:
-            x = block(x)
         block = self.blocks[layer]
-        return block.attn.maps(block.norm1(x))
+        return block.attn.maps(block.norm1(self.blocks[:layer](self.embed(imgs))))
 
     def encode(self, imgs, feature="cls"):
         """One vector per image: "cls", the CLS token (B, D); "mean", the mean patch token; "both", (B, 2D)."""
@@ -267,14 +258,10 @@ def decode(file, side=None):
         if "A" in img.mode or "transparency" in img.info:  # white behind what is transparent
             img = img.convert("RGBA")
             img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-        img = img.convert("RGB")
-        w, h = img.size
-        if max(w, h) > 4 * min(w, h):  # a strip: keep its middle, or its long side would be huge
-            img = ImageOps.fit(img, (min(w, 4 * h), min(h, 4 * w)))
-            w, h = img.size
-        if min(w, h) != side:
-            size = (max(side, round(w * side / h)), side) if w > h else (side, max(side, round(h * side / w)))
-            img = img.resize(size, Image.Resampling.BICUBIC)
+        w, h = min(img.width, 4 * img.height), min(img.height, 4 * img.width)
+        img = ImageOps.fit(img.convert("RGB"), (w, h))  # of a strip the middle, or its long side would be huge
+        size = (max(side, round(w * side / h)), side) if w > h else (side, max(side, round(h * side / w)))
+        img = img.resize(size, Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()
 
 
@@ -312,20 +299,18 @@ class Images(torch.utils.data.Dataset):
     def read(self, i):
         """Image i, uint8 (C, h, w), its short side `self.side` px. Raises InputError where it cannot be read."""
         x = self.items[i]
-        x = x if torch.is_tensor(x) else decode(x, self.side)
-        return x if min(x.shape[-2:]) == self.side else TF.resize(x, [self.side], TF.InterpolationMode.BICUBIC)
+        return TF.resize(x if torch.is_tensor(x) else decode(x, self.side), [self.side], TF.InterpolationMode.BICUBIC)
 
     def __getitem__(self, key):
         i, offset = key
         for j in range(i, i + 100):  # a file that cannot be read is replaced by the next that can, with its label
             try:
                 img = square(self.read(j % len(self)), offset)
+                if self.labels is not None:
+                    self.labels[i] = self.labels[j % len(self)]
+                return img
             except InputError as e:
                 warnings.warn(f"skipped an unreadable image: {e}", stacklevel=2)
-                continue
-            if self.labels is not None:
-                self.labels[i] = self.labels[j % len(self)]
-            return img
         raise InputError(f"100 unreadable images in a row, the first one {self.items[i]}")
 
     def at(self, side, quiet=False):
@@ -389,20 +374,17 @@ def open_folder(root):
     """Files and class names, for each split, of a folder: train/ and test/ or val/; class folders; loose images."""
     parts = {d.name.lower(): d for d in root.iterdir() if d.is_dir()}
     test = parts.get("test") or parts.get("val")
-    splits = []
     for folder in [root] if "train" not in parts else [parts["train"], test] if test else [parts["train"]]:
         files = list_images(folder)
         if not files:
             raise InputError(f"no images in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
         names = [os.path.relpath(f, folder).split(os.sep) for f in files]
         unlabelled = any(len(n) == 1 for n in names) or len({n[0] for n in names}) == 1  # loose, or all in one folder
-        splits.append((files, None if unlabelled else [n[0] for n in names]))
-    return splits
+        yield files, None if unlabelled else [n[0] for n in names]
 
 
 def open_npz(file, label):
     """Arrays of an .npz, for each split: train_images, train_labels, test_images, ... or images and labels."""
-    splits = []
     with np.load(file, allow_pickle=False) as z:
         if "train_images" not in z and "images" not in z:
             raise InputError(f"{file} holds neither train_images nor images: see --data in --help")
@@ -415,16 +397,7 @@ def open_npz(file, label):
             images = np.repeat(images[..., None], 3, axis=-1) if images.ndim == 3 else images  # grey to RGB
             if labels is not None:  # several for each image, or not one for each: no classes
                 labels = labels.reshape(-1) if labels.ndim and labels.size == len(labels) == len(images) else None
-            splits.append((torch.from_numpy(images).permute(0, 3, 1, 2), labels))
-    return splits
-
-
-def open_cifar(name):
-    """Images and labels of both splits, downloaded into data/ on first use."""
-    from torchvision import datasets
-
-    sets = [getattr(datasets, name.upper())("data", train=train, download=True) for train in (True, False)]
-    return [(torch.from_numpy(s.data).permute(0, 3, 1, 2), np.array(s.classes)[s.targets]) for s in sets]
+            yield torch.from_numpy(images).permute(0, 3, 1, 2), labels
 
 
 def open_images(data="demo.npz", label="labels", whole=False):
@@ -436,19 +409,24 @@ def open_images(data="demo.npz", label="labels", whole=False):
     is there.
     """
     path = Path(__file__).with_name("demo.npz") if data == "demo.npz" and not Path(data).exists() else Path(data)
+    if processes()[0] > 0:  # process 0, which may have to download, goes first; the others follow together
+        dist.barrier()
     with reading(data, "data set"):
-        if data in ("cifar10", "cifar100"):
-            splits = open_cifar(data)
+        if data in ("cifar10", "cifar100"):  # downloaded into data/ on first use
+            sets = [getattr(datasets, data.upper())("data", train=train, download=True) for train in (True, False)]
+            splits = [(torch.from_numpy(s.data).permute(0, 3, 1, 2), np.array(s.classes)[s.targets]) for s in sets]
         elif path.is_dir():
-            splits = open_folder(path)
+            splits = list(open_folder(path))
         elif path.is_file() and path.suffix == ".npz":
-            splits = open_npz(path, label)
+            splits = list(open_npz(path, label))
         else:
             raise InputError(f"--data {data}: no such .npz file or folder (nor cifar10, cifar100 or demo.npz)")
         known = [n for _, n in splits if n is not None]
         classes, numbers = np.unique(np.concatenate(known or [[]]), return_inverse=True)  # alike in both splits
         labels = list(torch.from_numpy(numbers.reshape(-1)).long().split([len(n) for n in known]))
         sets = [Images(items, None if n is None else labels.pop(0), map(str, classes)) for items, n in splits]
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
     train, test = sets[0], sets[-1]
     if test is train and train.labels is not None and not whole:
         tenth = range(9, len(train), 10)
@@ -790,8 +768,7 @@ def save_grid(columns, file, tile=96):
 
 def save_checkpoint(file, state):
     """Writes tensors and plain types to a temporary file, then moves it in place: never half a checkpoint."""
-    file = Path(file)
-    part = file.with_name(file.name + ".part")
+    part = Path(f"{file}.part")
     try:
         with open(part, "wb") as f:
             torch.save(state, f)
@@ -832,51 +809,45 @@ def load_encoder(file, heads=None, quiet=False):
     """
     found = load_checkpoint(file)
     with reading(file, "ViT"):
-        vit, config, unused = build_encoder(file, found, heads)
+        found = found if isinstance(found, dict) else {}
+        config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls") | found.get("config", {})
+        for key in ("encoder", "model", "state_dict", "teacher", "student"):
+            found = found[key] if isinstance(found.get(key), dict) else found
+        tensors = {k: v for k, v in found.items() if torch.is_tensor(v) and not v.is_complex()}
+        weights = {PREFIXES.sub("", str(k)): v for k, v in tensors.items()}
+        if len(weights) < len(tensors):
+            raise InputError(f"{file} holds several networks whose names differ by a prefix: save one of them alone")
+        if not {"pos_embed", "patch_embed.proj.weight"} <= weights.keys():
+            raise InputError(f"{file} holds no ViT: no pos_embed and patch_embed.proj.weight in it")
+        if "dim" not in config:  # not ours: read the shape off the weights
+            dim, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
+            side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
+            depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+            norm = "norm.weight" in weights
+            heads = heads or next((s["heads"] for s in SIZES.values() if s["dim"] == dim), dim // 64)
+            config |= dict(img_size=[side, side], patch=patch, in_chans=in_chans, dim=dim, depth=depth, heads=heads)
+            config |= dict(pos="learned", norm=norm, feature="cls" if norm else "mean")
+        sizes = [*config["img_size"], *(config[k] for k in ("patch", "in_chans", "dim", "depth", "heads"))]
+        if not all(type(s) is int and s > 0 for s in sizes) or config["feature"] not in ("cls", "mean", "both"):
+            raise ValueError(f"its config is {config}")
+        vit = ViT(**{k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")})
+        own, unused = vit.state_dict(), sorted(weights.keys() - vit.state_dict().keys())
+        wrong = [k for k, v in own.items() if k not in weights or v.shape != weights[k].shape]
+        wrong += [k for k in unused if OTHERS.search(k)]
+        if wrong:
+            why = f"{len(wrong)} tensors are missing, of another shape or of another network: {wrong[:4]}"
+            raise InputError(f"{file}: {why}")
+        vit.load_state_dict({k: weights[k] for k in own})
     if not quiet:
         unused = ", ".join(unused)[:200] or "nothing"
-        print(f"{file}: all {len(vit.state_dict())} tensors of the ViT found; not used: {unused}", file=sys.stderr)
+        print(f"{file}: all {len(own)} tensors of the ViT found; not used: {unused}", file=sys.stderr)
         if "method" not in config:
             print(f"  {config['heads']} attention heads assumed (--heads in evaluations)", file=sys.stderr)
-    return vit, config
-
-
-def build_encoder(file, found, heads):
-    """load_encoder of what a file holds: the ViT, its config, and the names of tensors that are not used."""
-    found = found if isinstance(found, dict) else {}
-    config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls") | found.get("config", {})
-    for key in ("encoder", "model", "state_dict", "teacher", "student"):
-        found = found[key] if isinstance(found.get(key), dict) else found
-    tensors = {k: v for k, v in found.items() if torch.is_tensor(v) and not v.is_complex()}
-    weights = {PREFIXES.sub("", str(k)): v for k, v in tensors.items()}
-    if len(weights) < len(tensors):
-        raise InputError(f"{file} holds several networks whose names differ by a prefix: save one of them alone")
-    if not {"pos_embed", "patch_embed.proj.weight"} <= weights.keys():
-        raise InputError(f"{file} holds no ViT: no pos_embed and patch_embed.proj.weight in it")
-    if "dim" not in config:  # not ours: read the shape off the weights
-        dim, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
-        side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
-        depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
-        norm = "norm.weight" in weights
-        heads = heads or next((s["heads"] for s in SIZES.values() if s["dim"] == dim), dim // 64)
-        config |= dict(img_size=[side, side], patch=patch, in_chans=in_chans, dim=dim, depth=depth, heads=heads)
-        config |= dict(pos="learned", norm=norm, feature="cls" if norm else "mean")
-    sizes = [*config["img_size"], *(config[k] for k in ("patch", "in_chans", "dim", "depth", "heads"))]
-    if not all(type(s) is int and s > 0 for s in sizes) or config["feature"] not in ("cls", "mean", "both"):
-        raise ValueError(f"its config is {config}")
-    vit = ViT(**{k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")})
-    own, unused = vit.state_dict(), sorted(weights.keys() - vit.state_dict().keys())
-    wrong = [k for k, v in own.items() if k not in weights or v.shape != weights[k].shape]
-    wrong += [k for k in unused if OTHERS.search(k)]
-    if wrong:
-        why = f"{len(wrong)} tensors are missing, of another shape or of another network: {wrong[:4]}"
-        raise InputError(f"{file}: {why}")
-    vit.load_state_dict({k: weights[k] for k in own})
-    return vit.eval(), config, unused
+    return vit.eval(), config
 
 
 def start_from(file, vit, net):
-    """--init: copies an encoder's weights into `vit`, its positions interpolated, and its mean and std into `net`."""
+    """--init: an encoder's weights into `vit`, positions interpolated; its mean and std into `net`; a new teacher."""
     encoder, found = load_encoder(file, quiet=processes()[0] > 0)
     for k in ("patch", "in_chans", "dim", "depth", "heads", "norm"):
         if found[k] != vit.config[k]:
@@ -885,6 +856,7 @@ def start_from(file, vit, net):
     vit.load_state_dict(encoder.state_dict())
     for name in ("mean", "std"):
         getattr(net, name).copy_(torch.tensor(found[name]).view(-1, 1, 1))
+    net.start_teacher()
 
 
 # 7 runs ---------------------------------------------------------------------------------------------------------------
@@ -911,8 +883,13 @@ def cli(main):
                 raise
             why = "out of memory? Run the same command again to resume, perhaps with --workers 0"
             raise SystemExit(f"{Path(sys.argv[0]).name}: error: a process that decodes images died ({why})") from None
-        finally:
-            Run.release()
+        finally:  # gives the lock, the signal handlers and the process group back
+            if Run.lock:
+                Run.lock.close()
+            while Run.handlers:
+                signal.signal(*Run.handlers.popitem())
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     return wrapped
 
@@ -959,14 +936,11 @@ def options(doc, table, argv=None, **fixed):
     """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.epilog = "Four defaults are those of the presets: " + ", ".join(PRESETS)
+    kinds = {bool: dict(action=argparse.BooleanOptionalAction), int: dict(type=number(int, 0)), float: dict(type=float)}
     for name, (default, text, *more) in table.items():
         example = default[0] if isinstance(default, list) else default
-        kind = dict(type=number(int, 0) if type(example) is int else type(example)) if example is not None else {}
-        if isinstance(example, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(example, tuple):
-            kind = dict(type=float, nargs=len(example))
-        kind |= more[0] if more else {}
+        kind = dict(type=float, nargs=len(example)) if isinstance(example, tuple) else kinds.get(type(example), {})
+        kind = kind | (more[0] if more else {})
         text += f" (default: {default})" * (example is not None)
         p.add_argument(kind.pop("flag", f"--{name.replace('_', '-')}"), help=text, **kind)
         p.set_defaults(**{name: None if isinstance(default, list) else default})
@@ -997,14 +971,16 @@ def shape_of(args, in_chans):
     return dict(SIZES[args.size], img_size=args.img_size, patch=args.patch, in_chans=in_chans)
 
 
-def launch(args):
-    """The device; joins the other processes if torchrun started this one; settles --precision."""
+def launch(args, alone=False):
+    """The device; joins the other processes if torchrun started this one (`alone`: refuses); settles --precision."""
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     kind = args.device or next(k for k in has if has[k])
     if not has.get(kind.split(":")[0]):
         raise InputError(f"--device {kind}: not on this machine, which has {', '.join(k for k in has if has[k])}")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
     gpu, world = device.type == "cuda", int(os.environ.get("WORLD_SIZE", 1))
+    if alone and world > 1:
+        raise InputError("this runs in one process: start it without torchrun")
     if gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -1021,16 +997,6 @@ def launch(args):
     return device
 
 
-@contextlib.contextmanager
-def process_0_first():
-    """Process 0, which may have to download, goes first; the others follow together."""
-    if processes()[0] > 0:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and dist.get_rank() == 0:
-        dist.barrier()
-
-
 def load_data(args, table, images=None):
     """Training and test images, two `Images`; test is None where there are no labels. images: use these two instead.
 
@@ -1040,8 +1006,7 @@ def load_data(args, table, images=None):
     rank, world = processes()
     if images and args.data == "demo.npz":
         args.data = "own"  # for the name of the folder
-    with process_0_first():
-        train, test = images or open_images(args.data)
+    train, test = images or open_images(args.data)
     settle(args, table, train.side)
     top = max(args.img_size)
     side = top if top <= 64 else max(top, min(2 * top, train.side))  # larger ones leave room for crops
@@ -1120,16 +1085,6 @@ class Run:
         """What load_encoder needs besides the weights."""
         config = self.vit.config | dict(method=self.args.method, data=self.args.data, feature=self.net.feature)
         return config | {k: getattr(self.net, k).flatten().tolist() for k in ("mean", "std")}
-
-    @staticmethod
-    def release():
-        """When main ends: gives the lock, the signal handlers and the process group back."""
-        if Run.lock:
-            Run.lock.close()
-        while Run.handlers:
-            signal.signal(*Run.handlers.popitem())
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     def on_signal(self, number, _):
         if self.asked and number == signal.SIGINT:  # a second Ctrl-C: leave at once
@@ -1263,13 +1218,11 @@ class Run:
             why = f"{step - self.moved} steps in a row had a gradient that is not finite"
             raise SystemExit(f"stopped at step {step + 1}: {why}; try a lower --lr. {row}")
 
-    def knn_due(self, step):
-        """After each tenth of the epochs, and at the end."""
+    def knn_when_due(self, step):
+        """Measures and logs k-NN after each tenth of the epochs, and at the end. All processes take part."""
         every = max(1, self.args.epochs // 10) * self.steps_per_epoch
-        return self.sets is not None and (step + 1 == self.stop or (step + 1) % every == 0)
-
-    def measure_knn(self, step):
-        """Logs k-NN of the encoder. All processes take part."""
+        if self.sets is None or step + 1 < self.stop and (step + 1) % every:
+            return
         start, epoch = time.perf_counter(), round((step + 1) / self.steps_per_epoch, 3)
         accuracy = self.knn()
         self.write(step=step + 1, epoch=epoch, knn=accuracy)
@@ -1309,9 +1262,8 @@ class Run:
             axes.plot(*zip(*points, strict=True))
             axes.set(xlabel="epoch", title=titles[name])
         for key, style in (("knn_pixels", ":"), ("knn_untrained", "--")):
-            for row in rows:
-                if key in row:
-                    right.axhline(row[key], color="grey", linestyle=style, label=key[4:])
+            for value in (row[key] for row in rows if key in row):
+                right.axhline(value, color="grey", linestyle=style, label=key[4:])
         if self.sets:
             right.legend()
         figure.savefig(self.out / "curve.png", dpi=100)

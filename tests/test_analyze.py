@@ -211,6 +211,18 @@ def test_clustering_is_less_the_mean_token_of_all_images(npz):
         assert found["clustered"][0][i].item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
 
 
+def test_features_of_each_depth_and_of_a_feature_twice_as_wide(npz):
+    net, args = vit.ViT(16, 4, **vit.SIZES["test"]).eval(), SimpleNamespace(batch=24, workers=0)
+    images = vit.open_images(npz)[1]
+    for feature in ("mean", "both"):
+        config = dict(net.config, mean=[0.5] * 3, std=[0.2] * 3, feature=feature)
+        found = analyze.features_by_depth(net, images, config, args, torch.device("cpu"))
+        x = vit.prepare(torch.stack([images[i, 0.5] for i in range(24)]), config)
+        for ours, tokens in zip(found, net.layers(x), strict=False):
+            close(ours, tokens[:, 1:].mean(dim=1))
+        close(found[-1], net.encode(x, feature))
+
+
 def test_cue_conflict_layout(npz, tmp_path):
     dino.main(tiny("--steps", 1, out="d"))
     for i, shape in enumerate(("cat", "dog", "car")):

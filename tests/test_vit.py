@@ -74,7 +74,7 @@ def test_cls_is_the_first_token_of_forward():
     model, x = net(), torch.randn(3, 3, 32, 32)
     close(model.cls(x), model(x)[:, 0])
     close(model.encode(x, "mean"), model(x)[:, 1:].mean(1))
-    close(model.norm([*model.layers(x)][-1]), model(x))
+    close(model.layers(x)[-1], model(x))
 
 
 def test_embed_keeps_the_chosen_patches_with_their_positions():
