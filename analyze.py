@@ -20,7 +20,7 @@ function. What is measured image by image does not depend on --batch or on the o
 
 A verdict compares means: `holds` or `fails` where the margin is more than two standard errors, else `undecided`. Errors
 are over images, and over seeds where there are several (few seeds: where nothing differs, two encoders on each side
-give a verdict in 18 % of cases, three in 11 %). Claims 8 and 10 read JSON of eval_linear.py, claim 9 of eval_dense.py
+give a verdict in 18 % of cases, three in 12 %). Claims 8 and 10 read JSON of eval_linear.py, claim 9 of eval_dense.py
 (--results).
 """
 
@@ -88,7 +88,7 @@ def nmi(maps):
 
 
 def mean_cosine(x):
-    """Mean cosine between all pairs of the n vectors of x (..., n, D), n > 1, by one sum: |Σu|² holds all pairs."""
+    """Mean cosine of all pairs of the n > 1 vectors of x, (..., n, D) -> (...); |Σu|² is n plus all cosines."""
     u, n = F.normalize(x, dim=-1), x.shape[-2]
     return (u.sum(dim=-2).square().sum(dim=-1) - n) / (n * (n - 1))
 
@@ -107,10 +107,10 @@ def head_similarity(maps):
 
 
 def fourier_log_amplitude(tokens, grid):
-    """Log amplitude from DC to the highest diagonal frequency, less that of DC (notebook). (B, N, D) -> (B, bins).
+    """Log amplitude along the diagonal, DC to below Nyquist, minus that of DC (notebook). (B, N, D) -> (B, bins).
 
-    The last bin is the paper's number, mostly a matter of DC: of the tokens' mean against what differs. Without DC:
-    last bin less the second. An 8 x 8 grid has four bins only.
+    The paper reports the last bin. It mostly compares DC (the mean token) with the rest; fourier_without_dc is the
+    last bin minus the second. An 8 x 8 grid has only four bins.
     """
     x = rearrange(tokens.float(), "b (h w) d -> b d h w", h=grid[0])
     log = (torch.fft.fft2(x).abs() + 1e-6).log()
@@ -210,7 +210,7 @@ def measure_images(vit, images, config, args, device):
 
 
 def features_by_depth(vit, images, config, args, device, noise=None):
-    """Mean patch tokens of each block, through the final norm; last, the method's own feature: depth+1 of (n, D)."""
+    """Mean patch token after each block, final norm applied, (n, D); last, the method's feature (n, D or 2D)."""
 
     def encode(x):
         x = x if noise is None else x + noise(x.shape).to(x)
@@ -260,8 +260,8 @@ def measure_encoder(vit, config, sets, args, device):
 def compare(a, b):
     """Margin of two groups, a less b, and its standard error. A group: (mean, error over images) of each seed.
 
-    The squared error of a group's mean is the mean squared error over images, which all seeds share, plus the variance
-    over seeds by their number where there are several.
+    A group's squared error: the seeds' mean squared error over images (shared by all seeds), plus the variance over
+    seeds divided by their number, if there are several.
     """
     squares = []
     for group in (a, b):

@@ -11,14 +11,14 @@ Measured: `python dino.py`, k-NN 66.9 ± 1.7 % (n = 3 seeds), untrained 35.2, ra
 
 The idea. Student and teacher have one architecture and see crops of an image. Both give a distribution over
 K prototypes; the student learns to match the teacher's, and the teacher is an exponential moving average (EMA) of the
-student. Small crops go to the student only, so it learns to infer the whole from a part. Two opposite forces prevent
+student. Local crops go to the student only, so it learns to infer the whole from a part. Two opposite forces prevent
 a constant output: centring keeps any one prototype from winning always, sharpening keeps the distribution from
 becoming uniform.
 
-Symbols of the paper: g_t is net.teacher, g_s net.student, c net.center, m --center-momentum, lambda (l in Algorithm 1)
-schedule.momentum, which starts at --momentum; tau_t --teacher-temp, tau_s student_temp in dino_loss. To read it all,
-read sections 1 (network), 3 (views) and 4 (training step) of vit.py too. For another loss change dino_loss, for another
-augmentation sample_views and augment, for another backbone replace ViT.
+Symbols of the paper: g_s = net.student, g_t = net.teacher, c = net.center, m = --center-momentum, lambda (l in
+Algorithm 1) = schedule.momentum, tau_t = schedule.teacher_temp, tau_s = student_temp in dino_loss. Read sections 1, 3
+and 4 of vit.py too. Change dino_loss for another loss, sample_views and augment for another augmentation, and ViT(...)
+in DINO for another backbone, a subclass of ViT.
 
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order (theirs: drawn for each
@@ -51,9 +51,9 @@ from vit import COMMON, COUNT, MANY, PAIR, SHARE, Run, cli, launch, load_data, o
 
 ABLATIONS = {  # the options that they change
     "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, the entropy falls to 0
-    "no-sharpening": dict(teacher_temp=[0.1, 0.1]),  # that of the student: the entropy rises to ln K
+    "no-sharpening": dict(teacher_temp=[0.1, 0.1]),  # as the student's: the entropy rises to ln K
     "no-momentum": dict(momentum=0.0),  # the teacher is the student itself
-    "no-multicrop": dict(local_crops=0, global_scale=[0.14, 1.0]),  # as the authors without small crops
+    "no-multicrop": dict(local_crops=0, global_scale=[0.14, 1.0]),  # the authors' without local crops
     "mse": {},  # these two change the loss
     "infonce": {},
 }
@@ -73,8 +73,8 @@ OPTIONS = COMMON | dict(
     hidden=([512, 2048, 2048, 2048], "width of the head's hidden layers", COUNT),
     norm_last_layer=(True, "prototypes of unit norm: more stable"),
     freeze_last_layer=([0, 1, 1, 1], "epochs in which prototypes are frozen; raise it if the loss rises"),
-    global_scale=([(0.5, 1.0), *[(0.4, 1.0)] * 3], "area of the two large crops, share of the image"),
-    local_crops=([2, 6, 6, 8], "small crops for the student; use 0 together with --global-scale 0.14 1"),
+    global_scale=([(0.5, 1.0), *[(0.4, 1.0)] * 3], "area of the two global crops, share of the image"),
+    local_crops=([2, 6, 6, 8], "local crops for the student; use 0 together with --global-scale 0.14 1"),
     local_size=([16, 16, 48, 96], "their size, px", COUNT),
     local_scale=([(0.25, 0.5), (0.1, 0.4), (0.05, 0.4), (0.05, 0.4)], "their area, share of the image"),
     color=([0.0, 1.0, 1.0, 1.0], "strength of colour jitter, grey and solarization; 1 as published"),
@@ -89,14 +89,14 @@ OPTIONS = COMMON | dict(
 
 
 def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
-    """All random numbers of `views` crops of each image, (batch, views, ...): BYOL's augmentation (section 3).
+    """All random numbers of `views` crops of each image, (batch, views, ...): BYOL's augmentation.
 
     side: of the images, px. size (h, w): of the views. scale: area of the crops. blur, solarize: a probability for
     each view. color: strength of the rest, 1 as published.
     """
     rand = lambda: torch.rand((batch, views), generator=g)
     draws = dict(box=sample_boxes((batch, views), side, scale, size[1] / size[0], g), flip=rand() < 0.5)
-    jitter = rand() < 0.8  # one coin for all four
+    jitter = rand() < 0.8  # all four or none
     factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
     draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
     draws |= dict(hue=factor(0.0, 0.1), keep_color=(rand() >= 0.2 * color).float())  # 0 makes the image grey
@@ -108,10 +108,10 @@ def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
 
 def sample_step(args, step, side):
     """All random numbers of a step: those of the two global views and of the local ones, for the whole batch."""
-    g, local_size = seeded(args.seed, step), [args.local_size] * 2
-    views = lambda n, size, scale, *odds: sample_views(args.batch, n, side, size, scale, *odds, args.color, g)
-    global_draws = views(2, args.img_size, args.global_scale, [1.0, 0.1], [0.0, 0.2])
-    return global_draws, views(args.local_crops, local_size, args.local_scale, [0.5], [0.0])
+    g, local = seeded(args.seed, step), [args.local_size] * 2
+    draw = lambda n, size, scale, *odds: sample_views(args.batch, n, side, size, scale, *odds, args.color, g)
+    global_draws = draw(2, args.img_size, args.global_scale, [1.0, 0.1], [0.0, 0.2])  # odds of blur, of solarization
+    return global_draws, draw(args.local_crops, local, args.local_scale, [0.5], [0.0])
 
 
 def augment(imgs, draws, size, unit, mean, std):
@@ -136,7 +136,7 @@ def augment(imgs, draws, size, unit, mean, std):
 
 
 class DINOHead(nn.Module):
-    """Projection head (appendix C): three layers, L2 bottleneck, K prototypes of unit norm. (B, D) -> (B, K)."""
+    """Projection head (appendix C): three layers, L2 norm, K weight-normalised prototypes. (B, D) -> (B, K)."""
 
     def __init__(self, dim, prototypes, hidden=2048, bottleneck=256, norm_last_layer=True):
         super().__init__()
@@ -156,7 +156,7 @@ class DINOHead(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone and head. Each of `views` is (V_i·B, C, h, w), of a size of its own; together they give (V·B, K)."""
+    """Backbone and head. `views` holds one (V_i·B, C, h, w) for each crop size; their outputs, (V·B, K), follow."""
 
     def __init__(self, vit, head):
         super().__init__()
@@ -192,27 +192,27 @@ class DINO(nn.Module):
 
 
 def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
-    """Cross-entropy H(P_t(x), P_s(x')), mean over images and pairs of different views (section 3).
+    """Cross-entropy H(P_t(x), P_s(x')), mean over images and pairs of different views (Eq. 3, which is a sum).
 
     student (V, B, K), teacher (2, B, K): outputs before softmax, the two global views first; center (K,).
     Returns the loss, the teacher's entropy h(P_t), and loss - h = KL(P_t || P_s), 0 in a collapse (section 5.3).
     """
     p_teacher = ((teacher - center) / teacher_temp).softmax(dim=-1)  # centred and sharpened
     log_p_student = (student / student_temp).log_softmax(dim=-1)
-    pairs = -torch.einsum("tbk,sbk->tsb", p_teacher, log_p_student)  # of every teacher's and every student's view
-    different = 1 - torch.eye(*pairs.shape[:2], device=pairs.device)[..., None]  # not of a view with itself
+    pairs = -torch.einsum("tbk,sbk->tsb", p_teacher, log_p_student)  # (2, V, B): H(P_t(x), P_s(x'))
+    different = 1 - torch.eye(*pairs.shape[:2], device=pairs.device)[..., None]  # 0 where x' is x
     loss = (pairs * different).sum() / (different.sum() * pairs.shape[2])
     entropy = torch.special.entr(p_teacher).sum(dim=-1).mean()
     return loss, entropy, loss.detach() - entropy
 
 
 def outputs(net, imgs, d_global, d_local, args):
-    """What the student makes of all views (V, B, K), and the teacher of the global ones (2, B, K)."""
+    """The student's outputs for all V views (V, B, K), and the teacher's for the two global ones (2, B, K)."""
     unit = max(args.img_size) / 224
     global_views = net.augment(imgs, d_global, args.img_size, unit, net.mean, net.std)  # (2·B, C, h, w)
     local_views = []
     if args.local_crops:
-        local_views = [net.augment(imgs, d_local, [args.local_size] * 2, unit, net.mean, net.std)]  # (V·B, C, h, w)
+        local_views = [net.augment(imgs, d_local, [args.local_size] * 2, unit, net.mean, net.std)]  # (local·B, ...)
     with autocast(imgs.device, args.precision):
         with torch.no_grad():
             t = net.teacher(global_views)
@@ -240,7 +240,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     set_rates(optimizer, schedule.lr, schedule.weight_decay)
     norm = average_and_clip(optimizer, scaler, args.clip, each=True)
     ok = norm.isfinite().float()  # 0: weights, teacher and centre stay as they were
-    optimizer.found_inf = 1 - ok  # the fused AdamW then changes nothing
+    optimizer.found_inf = 1 - ok  # 1: the fused AdamW skips the step
     optimizer.step()
     optimizer.zero_grad()
     scaler.update()
@@ -251,7 +251,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
 
 
 def schedules(step, run, args):
-    """Learning rate, weight decay, the teacher's momentum and temperature (section 3.2), from the step alone."""
+    """Learning rate, weight decay, the teacher's momentum and temperature (section 3), from the step alone."""
     total, per_epoch = run.total, run.steps_per_epoch
     start, end = args.teacher_temp[0], args.teacher_temp[-1]
     ramp = min(1, step / max(1, min(args.teacher_temp_epochs, args.epochs) * per_epoch - 1))
@@ -273,7 +273,7 @@ def mse_loss(student, teacher, center, **temp):
 
 
 def infonce_loss(student, teacher, center, **temp):
-    """InfoNCE (temperature 0.1) against the other images of the micro-batch, as in MoCo (Table 7, row 8)."""
+    """InfoNCE (temperature 0.1) against the micro-batch's other images; Table 7, row 8 has MoCo's queue."""
     same = torch.arange(student.shape[1], device=student.device)
     return pairwise(student, teacher, center, temp, lambda s, t: F.cross_entropy(s @ t.T / 0.1, same))
 
@@ -286,9 +286,10 @@ def pairwise(student, teacher, center, temp, loss):
 
 def collapse(entropy, kl, prototypes):
     """A warning once the output hardly depends on the image (in a collapse KL is 0, section 5.3), else None."""
-    if not (kl <= 0.01 * math.log(prototypes) or entropy >= 0.999 * math.log(prototypes)):  # nan: a skipped step
+    ln_k = math.log(prototypes)
+    if not (kl <= 0.01 * ln_k or entropy >= 0.999 * ln_k):  # nan, of a skipped step, is no collapse
         return None
-    uniform = entropy > 0.5 * math.log(prototypes)
+    uniform = entropy > 0.5 * ln_k
     kind = "uniform, lower --teacher-temp or --lr" if uniform else "one prototype, lower --center-momentum or --lr"
     return f"COLLAPSED, the same output for all images: {kind}. KL {kl:.4f}, entropy {entropy:.3f}"
 
@@ -298,7 +299,7 @@ def collapse(entropy, kl, prototypes):
 
 @torch.no_grad()
 def draw_attention(vit, x, mean, std, file):
-    """For each of x (B, C, h, w), by head: where the CLS token attends in the last block, and where 60 % of that lies.
+    """Saves, for images x (B, C, h, w), each head's attention of the CLS token (last block), and 60 % of it as a mask.
 
     mean, std (C, 1, 1): those with which x was normalised.
     """
@@ -334,7 +335,7 @@ def main(argv=None, images=None):
 
     for step, imgs in run.steps(train):
         schedule = schedules(step, run, args)
-        draws = my_rows(sample_step(args, step, train.side), device)  # the same for any number of processes
+        draws = my_rows(sample_step(args, step, train.side), device)  # of the whole batch's numbers
         stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args)
         if run.log_due(step):
             loss, entropy, kl, norm = mean_over_processes(stats).tolist()

@@ -4,15 +4,15 @@
     python eval_dense.py weights/dino-nano4-cifar10.pt --data voc/     # voc/images/x.jpg with voc/masks/x.png
     python eval_dense.py runs/dino-demo/last.pt --train voc/train --test voc/val    # official splits
 
-Attention (DINO, arXiv 2104.14294, section 4.2.2 and Figure 4): the CLS token's attention in the last block, of each
-head the patches that hold 60 % of it, against the mask of everything that is not background: Jaccard index of the best
-head of each image, mean over all images (nothing is trained; with --test over those). Beside it the same of an
-untrained network. DINO on the validation images of VOC12: 45.9, random 22.0.
+Attention (DINO, arXiv 2104.14294, section 4.2.2 and Figure 4): in the last block, the patches that hold 60 % of a
+head's CLS attention are compared with the foreground (nothing is trained). Reported: Jaccard index of each image's best
+head, mean over images with a foreground (training and test, or --test alone); the same of an untrained network. DINO
+ViT-S/16 on the validation images of VOC12: 45.9, random 22.0.
 
-Linear features: a linear layer (batch-normalised input, SGD, the rate chosen on a tenth of the training patches, as in
-eval_linear.py) on the patch tokens after each block predicts the commonest class of the patch; its patches, enlarged,
-against the mask: IoU of every class, from intersections and unions summed over all test images, mean over classes
-(miou), and as mean over images of each image's own (dense). Without official splits every tenth pair is for testing.
+Linear features: after each block a linear layer (batch-normalised input, SGD, the rate chosen on a tenth of the
+training patches) predicts the commonest class of each patch. The enlarged prediction is compared with the mask. miou:
+mean over classes of the IoU summed over all test images. dense: mean IoU of each image, then over images. Without
+official splits every tenth pair is for testing.
 
 Masks: palette or grey PNG files whose values are classes, 0 background, 255 left out; masks/a/x.png is that of
 images/a/x.jpg, upright as the image is shown. Both are resized and cropped alike. The linear part is our protocol: the
@@ -40,7 +40,7 @@ OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("batch", "worker
     data=(None, "demo.npz, or a folder with images/ and masks/ (demo.npz)"),
     train=(None, "the folder to train on, with images/ and masks/, together with --test"),
     test=(None, "the folder to test on"),
-    limit=(1000, "at most so many images and masks of each split", dict(type=int)),
+    limit=(1000, "at most so many pairs of each split (of --data: twice as many, then split)", dict(type=int)),
     mass=(0.6, "share of the attention that the mask of a head holds", SHARE),
 )
 
@@ -93,7 +93,7 @@ def read_mask(file, side):
 
 
 def load_splits(args, side):
-    """Pairs to train on and to test on, with classes numbered from 0 (255: left out), and their number."""
+    """Training and test pairs, classes numbered from 0 (255: left out), and the number of classes."""
     if args.train or args.test:
         if not (args.train and args.test) or args.data:
             raise InputError("--train and --test: give both, or --data")
@@ -161,7 +161,7 @@ def mean_iou(both, either):
 
 
 def linear_features(train, y, test, masks, grid, classes, device):
-    """Mean IoU of a linear layer on the patch tokens of one depth: of each test image (n,), and over all of them ().
+    """Mean IoU of a linear layer on the patch tokens of one depth: of each test image (n,), of all images (float).
 
     train, test (n, N, D): tokens. y (n·N,): labels of the training patches. masks (n, S, S): of the test images.
     """

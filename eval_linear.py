@@ -82,7 +82,7 @@ OPTIONS = EVALUATION | dict(
     drop_path=(0.1, "fine-tuning: stochastic depth", SHARE),
     mixup=(0.8, "fine-tuning: alpha of the Beta distribution of weights; 0 turns mixup off"),
     smoothing=(0.1, "fine-tuning: of labels, the share spread over all classes", SHARE),
-    weight_decay=(0.05, "fine-tuning: of all but biases and norms"),
+    weight_decay=(0.05, "fine-tuning: of weight matrices only"),
 )
 PROBE_ONLY = ("seeds", "layers", "augment", "rates")
 FINETUNE_ONLY = ("scratch", "drop_ratio", "lr", "layer_decay", "drop_path", "mixup", "smoothing", "weight_decay")
@@ -251,7 +251,7 @@ def train_heads(pairs, total, width, classes, rates, batch, device):
     weight = torch.zeros(len(rates), width, classes, device=device, requires_grad=True)
     bias = torch.zeros(len(rates), 1, classes, device=device, requires_grad=True)
     scale = torch.tensor(rates, device=device).view(-1, 1, 1) * batch / 256
-    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)  # linear in gradients: they may carry the rates
+    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)  # a scaled gradient equals a scaled rate
     for step, (x, y) in enumerate(pairs):
         logits = norm(x) @ weight + bias
         F.cross_entropy(logits.flatten(0, 1), y.repeat(len(rates)), reduction="sum").div(len(y)).backward()
@@ -264,7 +264,7 @@ def train_heads(pairs, total, width, classes, rates, batch, device):
 
 
 def probe(args, net, train, test, config, device):
-    """Linear accuracy, percent, of one draw of labels. The rate is chosen on the last tenth of the training images."""
+    """The result of one draw of labels, a dict. The rate is chosen on the last tenth of the training images."""
     rank, world = processes()
     classes, how = len(train.classes), (config, device, args.precision, args.batch, args.workers)
     y, test_x = train.labels.to(device), features(net.encode, test, *how)
@@ -274,10 +274,10 @@ def probe(args, net, train, test, config, device):
         if not args.augment:
             yield from ((x[i], y[i]) for i, _ in batches(n, batch, 0, total, args.seed, whole=True))
             return
-        keys, mixes = list(batches(n, batch, 0, total, args.seed)), SimpleNamespace(**vars(args) | dict(batch=batch))
+        keys, small = list(batches(n, batch, 0, total, args.seed)), SimpleNamespace(**vars(args) | dict(batch=batch))
         mean, std = statistics(config, device)
         for step, ((index, _), imgs) in enumerate(zip(keys, stream(train, keys, device, args.workers), strict=True)):
-            draws = my_rows(sample_mixes(mixes, step, train.side, config), device)
+            draws = my_rows(sample_mixes(small, step, train.side, config), device)
             with torch.no_grad(), autocast(device, args.precision):
                 crops = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], config["img_size"])
                 found = net.encode((crops - mean) / std).float()
@@ -342,7 +342,7 @@ def macs(config, img_size, ratio=0.0, classes=0):
 
 
 def layer_groups(net, decay, weight_decay):
-    """Optimiser groups: a rate's factor is decay ** (layers above, the head among them). Only matrices decay."""
+    """Optimiser groups: a layer's rate is `decay` times that of the next. Weight decay: of matrices only."""
     depth, groups = len(net.vit.blocks), {}
     for name, p in net.named_parameters():
         block = int(name.split(".")[2]) + 1 if name.startswith("vit.blocks.") else 0
@@ -370,7 +370,7 @@ def finetune_step(net, optimizer, scaler, imgs, labels, draws, lr, size, args):
     for group in optimizer.param_groups:
         group["lr"] = group["factor"] * lr
     norm = average_and_clip(optimizer, scaler, clip=0)
-    optimizer.found_inf = 1 - norm.isfinite().float()  # the fused AdamW then changes nothing
+    optimizer.found_inf = 1 - norm.isfinite().float()  # 1: the fused AdamW skips the step
     optimizer.step()
     optimizer.zero_grad()
     scaler.update()
@@ -383,7 +383,7 @@ def finetune(args, vit, train, test, config, device):
     train = train.pick(share_of_labels(train.labels, args.labels, args.seed)) if args.labels < 1 else train
     feature = config["feature"]
     torch.manual_seed(args.seed)
-    args.encoder = sum(p.detach().double().abs().sum().item() for p in vit.parameters())  # resumes from it only
+    args.encoder = sum(p.detach().double().abs().sum().item() for p in vit.parameters())  # compared on resume
     vit = ViT(**vit.config) if args.scratch else vit
     vit.pos_embed.requires_grad_(True)
     for block, rate in zip(vit.blocks, torch.linspace(0, args.drop_path, len(vit.blocks)).tolist(), strict=True):

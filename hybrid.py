@@ -1,26 +1,24 @@
-"""Both in one encoder: DINO's contrast of views and MAE's reconstruction of hidden patches, added.
+"""Trains one encoder on the weighted sum of DINO's loss and MAE's loss.
 
 Park et al., "What Do Self-Supervised Vision Transformers Learn?", ICLR 2023, arXiv 2305.00729.
 
     python hybrid.py                                 # the images that come with it; minutes on a laptop
-    python hybrid.py --weight 0.5 --data cifar10     # with the options of dino.py, but --ablate
+    python hybrid.py --weight 0.5 --data cifar10     # with the options of dino.py except --ablate
     torchrun --nproc-per-node=2 hybrid.py --data photos/
 
 Measured: `python hybrid.py`, k-NN 67.4 ± 0.6 % (n = 3 seeds), untrained 35.2, raw pixels 25.1 (RESULTS.md).
 
-The idea. L = (1 - w) L_MIM + w L_CL (Figure 12). Contrast shapes the later layers and finds what tells images apart;
-masking shapes the earlier ones and keeps what is where; a little of the one helps the other. The masked part sees crops
-and flips alone, the contrastive part its own coloured views; both gradients meet in the encoder. The log has their
-norms there (grad_mim and grad_cl, weighted), as w says little about which one is stronger.
+The idea. L = (1 - w) L_MIM + w L_CL (Figure 12; w is its lambda). CL shapes the later layers and separates images; MIM
+shapes the earlier ones and keeps positions; a little CL helps MIM. MAE sees crops of its own, flipped but not coloured;
+DINO sees its usual views. The log has the norm of each weighted gradient in the encoder (grad_mim and grad_cl), as w
+says little about which one is stronger.
 
 This file shows how to combine two method files: the models, losses and augmentation of dino.py and mae_pcae.py are
 called, not repeated. Differs from the paper: DINO and MAE instead of MoCo v3 and SimMIM; optimiser, schedules,
 clipping, drop path and the evaluated feature (the teacher's CLS token) are DINO's. So are the learned positions: MAE's
-sine-cosine ones are larger than the patches at first, so all images look alike (cosine of two CLS tokens 0.99, not
+sine-cosine ones outweigh patch embeddings at first, so all images look alike (cosine of two CLS tokens 0.99, not
 0.94), and DINO's outputs become uniform before they tell anything apart.
 """
-
-import math
 
 import torch
 from torch import nn
@@ -70,17 +68,17 @@ class Hybrid(nn.Module):
 
 def sample_step(args, step, side):
     """All random numbers of a step: MAE's crop, flip and noise, then those of DINO's global and local views."""
-    return mae_pcae.sample_step(args, step + 2**31, side), *dino.sample_step(args, step, side)  # another generator
+    return mae_pcae.sample_step(args, step + 2**31, side), *dino.sample_step(args, step, side)  # not DINO's seed
 
 
 def train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=False):
     """One optimiser step. net: a Hybrid. imgs: uint8 (B, C, S, S). draws, schedule: of sample_step and schedules.
 
-    Returns (7,): loss, L_MIM, L_CL, the teacher's entropy, the gradient's norm, and with `norms` the norms of both
-    parts' weighted gradients in the encoder, mean over micro-batches and processes (else 0).
+    Returns (7,): loss, L_MIM, L_CL, the teacher's entropy, the gradient's norm, and with `norms` those of the encoder's
+    gradients of (1 - w) L_MIM and of w L_CL alone, means over micro-batches (else 0).
     """
     total, batch_mean, w = 0, 0, args.weight
-    pull, encoder = torch.zeros(2, device=imgs.device), [p for p in net.mae.vit.parameters() if p.requires_grad]
+    both, encoder = torch.zeros(2, device=imgs.device), [p for p in net.mae.vit.parameters() if p.requires_grad]
     for x, d_mim, d_global, d_local in micro_batches(args.accumulate, imgs, *draws):
         crop = net.mae.augment(x, d_mim, args.img_size, net.mean, net.std)
         with autocast(x.device, args.precision):
@@ -93,7 +91,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=False)
         cl, entropy, _ = dino_loss(s, t, net.center, teacher_temp=schedule.teacher_temp)
         scaler.scale(w * cl / args.accumulate).backward()
         if norms:
-            pull += torch.stack([distance(between, before), distance(gradients(encoder), between)])
+            both += torch.stack([distance(between, before), distance(gradients(encoder), between)])
         parts = [(1 - w) * mim + w * cl, mim, cl, entropy]
         total += torch.stack([p.detach() for p in parts]) / args.accumulate
         batch_mean += t.mean(dim=(0, 1)) / args.accumulate
@@ -104,14 +102,14 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=False)
     set_rates(optimizer, schedule.lr, schedule.weight_decay)
     norm = average_and_clip(optimizer, scaler, args.clip, each=True)
     ok = norm.isfinite().float()  # 0: weights, teacher and centre stay as they were
-    optimizer.found_inf = 1 - ok  # the fused AdamW then changes nothing
+    optimizer.found_inf = 1 - ok  # 1: the fused AdamW skips the step
     optimizer.step()
     optimizer.zero_grad()
     scaler.update()
     ema_update(net.teacher, net.student, (1 - schedule.momentum) * ok)
     moved = net.center.lerp(mean_over_processes(batch_mean), 1 - args.center_momentum)
     net.center.copy_(torch.where(ok > 0, moved, net.center))
-    return torch.cat([total, norm[None], pull / scale])
+    return torch.cat([total, norm[None], both / scale])
 
 
 def gradients(params):
@@ -146,8 +144,9 @@ def main(argv=None, images=None):
         if due:
             names = ("loss", "mim", "cl", "entropy", "grad_norm", "grad_mim", "grad_cl")
             row = dict(zip(names, mean_over_processes(stats).tolist(), strict=True), lr=schedule.lr)
-            kl = row["cl"] - row["entropy"] if step >= args.warmup * run.steps_per_epoch and args.weight else math.inf
-            run.log(step, dino.collapse(row["entropy"], kl, args.prototypes), **row)
+            late = args.weight and step >= args.warmup * run.steps_per_epoch
+            warning = dino.collapse(row["entropy"], row["cl"] - row["entropy"], args.prototypes) if late else None
+            run.log(step, warning, **row)
         run.knn_when_due(step)
         if run.save_due(step):
             run.save(step)

@@ -14,21 +14,20 @@ pixels 25.1 (RESULTS.md).
 
 The idea of MAE. Hide most patches (three quarters; half in the demo). The encoder sees only the rest, so it is cheap. A
 small decoder gets the encoder's output and a mask token for each hidden patch, and must reconstruct what was there.
-Recognising what is visible makes that easier.
+An encoder that recognises objects helps it.
 
 The idea of PCAE. Predict features instead of pixels: those of a momentum encoder (the teacher) that sees exactly the
 patches the student does not. The tokens of an image are redundant, so the teacher drops, stage by stage, those most
 similar to the mean token; attention has spread their content to the others by then. The student predicts what is left.
 
-To read it all, read sections 1 (network), 3 (views) and 4 (training step) of vit.py as well. For another loss or target
-change MAE.forward or PCAE.forward.
+Read sections 1, 3 and 4 of vit.py too. Change forward for another loss or target, sample_step and augment for another
+augmentation, ViT(...) for another backbone, a subclass of ViT.
 
 Differs from the authors' code:
 - Crops and flips run on the device for the whole batch, without rounding to 8 bits. Images are decoded as squares, at
   a random place if oblong, of the network's size (above 64 px, of up to twice that). Mean and std: of the data set.
 - The encoder's linear layers start from a truncated normal of 0.02, its patch embedding from PyTorch's default (theirs:
-  Xavier-uniform, which the decoder has here too: with small weights it takes long to look beyond positions).
-  --norm-pix is on.
+  Xavier-uniform, as the decoder here: smaller weights learn for long from positions alone). --norm-pix is on.
 - PCAE: the paper's criterion, cosine to the mean token (theirs: to the mean of unit vectors, --criterion unit). The
   teacher starts as a copy of the student and moves once in an optimiser step (theirs: copied only when distributed,
   moved in every micro-batch). Predictions have the encoder's width (theirs: that of a patch's pixels). No drop path by
@@ -78,7 +77,7 @@ OPTIONS = COMMON | dict(
     criterion=("mean", "PCAE: drop tokens most like the mean, or at random", dict(choices=("mean", "unit", "random"))),
     momentum=([0.998, 0.996, 0.996, 0.9999], "of the teacher at the start, 1 at the end; lower it for short runs"),
 )
-PCAE_OPTIONS = dict(epochs=([24, 400, 400, 400], ""), batch=([32, 512, 512, 4096], ""))  # other defaults than MAE's
+PCAE_OPTIONS = dict(epochs=([24, 400, 400, 400], ""), batch=([32, 512, 512, 4096], ""))  # rows that replace MAE's
 
 
 # views and masks -----------------------------------------------------------------------------------------------------
@@ -127,7 +126,7 @@ def standardise(x):
 
 
 class MAE(nn.Module):
-    """Encoder on visible patches, light decoder on all (MAE, Figure 1). shape: the ViT's arguments."""
+    """Encoder on visible patches, then a light decoder (MAE, Figure 1). shape: the ViT's arguments."""
 
     feature = "mean"  # what evaluation reads
 
@@ -159,7 +158,7 @@ class MAE(nn.Module):
         visible_pos = torch.cat([pos[:, :1], gather_tokens(pos[:, 1:], visible)], dim=1)  # CLS first
         wanted_tokens = self.mask_token + gather_tokens(pos[:, 1:], wanted)
         x = self.decoder_blocks[:-1](torch.cat([wanted_tokens, self.decoder_embed(latent) + visible_pos], dim=1))
-        x = self.decoder_blocks[-1](x, queries=wanted.shape[1])  # the wanted ones come first; nothing else is read
+        x = self.decoder_blocks[-1](x, queries=wanted.shape[1])  # only these are read; positions replace the order
         return self.decoder_pred(self.decoder_norm(x))
 
     def forward(self, imgs, noise):
@@ -181,12 +180,12 @@ class MAE(nn.Module):
 CRITERIA = dict(  # redundancy of each token of x (B, N, D), as (B, N): the most redundant are dropped
     mean=lambda x: F.cosine_similarity(x, x.mean(dim=1, keepdim=True), dim=-1),  # the paper's sim(X, mean of X)
     unit=lambda x: F.cosine_similarity(x, F.normalize(x, dim=-1).mean(dim=1, keepdim=True), dim=-1),  # the code's
-    random=lambda x: torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]),  # noise ordered the tokens
+    random=lambda x: torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]),  # already in random order
 )
 
 
 class PCAE(MAE):
-    """The same encoder and decoder; the target is a momentum encoder's features at the few patches that it keeps."""
+    """MAE's encoder and decoder; they predict the teacher's features, at the few patches that the teacher keeps."""
 
     def __init__(self, shape, args, mean, std):
         super().__init__(shape, args, mean, std, out=shape["dim"])
@@ -252,7 +251,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     set_rates(optimizer, schedule.lr, schedule.weight_decay)
     norm = average_and_clip(optimizer, scaler, args.clip)
     ok = norm.isfinite().float()  # 0: weights and teacher stay as they were
-    optimizer.found_inf = 1 - ok  # the fused AdamW then changes nothing
+    optimizer.found_inf = 1 - ok  # 1: the fused AdamW skips the step
     optimizer.step()
     optimizer.zero_grad()
     scaler.update()
@@ -275,6 +274,8 @@ def schedules(step, run, args):
 @torch.no_grad()
 def draw(net, x, file):
     """For each of x (B, C, h, w): visible, reconstructed, original; PCAE: original, visible, hidden, each stage."""
+    training = net.training
+    net.eval()  # without drop path
     noise = torch.rand((len(x), math.prod(net.vit.grid)), generator=seeded(0, 0)).to(x.device)
     visible, hidden = random_masking(noise, net.mask_ratio)
     patches = patchify(x, net.patch)
@@ -291,6 +292,7 @@ def draw(net, x, file):
             pred = pred * (target.var(dim=-1, keepdim=True) + 1e-6).sqrt() + target.mean(dim=-1, keepdim=True)
         painted = patches.scatter(1, hidden[..., None].expand(-1, -1, patches.shape[-1]), pred)
         columns = [only(visible), unpatchify(painted, net.patch, net.vit.grid), x]
+    net.train(training)
     save_grid([c * net.std + net.mean for c in columns], file)
 
 
@@ -316,7 +318,7 @@ def main(argv=None, images=None):
 
     for step, imgs in run.steps(train):
         schedule = schedules(step, run, args)
-        draws = my_rows(sample_step(args, step, train.side), device)  # the same for any number of processes
+        draws = my_rows(sample_step(args, step, train.side), device)  # of the whole batch's numbers
         stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args)
         if run.log_due(step):
             loss, pred_std, target_std, norm = mean_over_processes(stats).tolist()

@@ -12,21 +12,21 @@ Measured: `python siameseim.py`, k-NN 64.1 ± 2.8 % (n = 3 seeds), untrained 29.
 The idea. Masked image modelling learns where things are, contrastive learning what they are; this does both. Two
 views of an image are cropped and coloured independently. The online network sees part of view a, is told where the
 patches of view b lie relative to a, and predicts for each of them the output of a momentum encoder (the target network)
-that sees all of b. Colours differ (not in the demo, which has few), so only what both views share can be predicted:
-meaning; and at every position, so that it stays spatial.
+that sees all of b. Colours differ (not in the demo, which has few), so the prediction must be semantic; it is made for
+every position, so it stays spatial.
 
-Symbols of the paper: y is the prediction, z the target, C the correlation of targets, lambda --neg-weight. To read it
-all, read sections 1 (network), 3 (views) and 4 (training step) of vit.py as well.
+Symbols of the paper: y is the prediction, z the target, C the correlation of targets, lambda --neg-weight. For another
+loss change siameseim_loss, for another target SiameseIM.targets, for another mask visible_patches. To read it all, read
+sections 1 (network), 3 (views) and 4 (training step) of vit.py as well.
 
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order, no rounding to 8 bits in
-  between, blur's sigma in pixels of a 224 px image. Images are decoded as squares, at a random place if oblong, of
-  the network's size (above 64 px, of up to twice that). Mean and std are those of the data set.
-- Block-wise masks: a block too many is thinned at random, and what 12 blocks leave is filled at random (theirs: redrawn
-  up to ten times, then the same). Random masks work (theirs: disabled).
+  between, blur's sigma in pixels of a 224 px image. Images are decoded as squares of the network's size (above 64 px up
+  to twice that), cut at random. Mean and std are those of the data set.
+- Block-wise masks: if blocks hide too many patches, random ones of the last stay visible; if too few, random ones are
+  added (theirs: ten redraws first). Random masks work (theirs: disabled).
 - BatchNorm always uses the statistics of its batch and keeps none. They are over all processes on CPUs too. With
   --accumulate they are those of a micro-batch (with --norm layer the result is that of the whole batch).
-- C is a mean over processes without need of a process group, and no (tokens x tokens) matrix is built.
 - Linear layers start from a truncated normal of 0.02, the frozen patch embedding as nn.Conv2d does (theirs: all
   Xavier-uniform, which is 1.7 times as wide for the patches of ViT-B/16).
 - A gradient that is not finite skips the step. --batch counts all processes and micro-batches.
@@ -93,8 +93,8 @@ OPTIONS = COMMON | dict(
 
 
 def sample_step(args, step, side):
-    """All random numbers of a step, for the whole batch: BYOL's augmentation of two views of each image, a dict of
-    (batch, 2, ...), and what hides patches of view a. side: of the images, px.
+    """All random numbers of a step, for the whole batch: BYOL's augmentation, each entry (batch, 2, ...); for the mask
+    of view a noise (batch, N) and blocks (batch, 12, 4). side: of the images, px.
     """
     g, (h, w), color = seeded(args.seed, step), args.img_size, args.color
     rand = lambda: torch.rand((args.batch, 2), generator=g)
@@ -115,8 +115,8 @@ def sample_step(args, step, side):
 
 
 def visible_patches(draws, grid, ratio):
-    """The patches of view a that stay visible, (B, n): the last ones in the order in which they are hidden."""
-    order = block_order(draws["blocks"], grid, ratio) if "blocks" in draws else 0  # without blocks at random
+    """The indices (B, n) of the patches of view a that stay visible: those that would be hidden last."""
+    order = block_order(draws["blocks"], grid, ratio) if "blocks" in draws else 0  # 0: a random order
     return (order + draws["noise"]).argsort(dim=1)[:, round(ratio * math.prod(grid)) :]
 
 
@@ -130,20 +130,20 @@ def block_order(draws, grid, ratio):
     y, x = torch.arange(h, device=draws.device).view(1, h, 1), torch.arange(w, device=draws.device).view(1, 1, w)
     order = draws.new_full((len(draws), h, w), float(rounds))
     for i in range(rounds):
-        for_area, for_aspect, for_top, for_start = draws[:, i].view(-1, 4, 1, 1).unbind(1)
-        left, least = round(ratio * n) - (order < rounds).sum(dim=(1, 2), keepdim=True), n * 16 / 196
-        area = least + for_area * (left - least).clamp(min=0)
+        for_area, for_aspect, for_top, for_left = draws[:, i].view(-1, 4, 1, 1).unbind(1)
+        todo, least = round(ratio * n) - (order < rounds).sum(dim=(1, 2), keepdim=True), n * 16 / 196
+        area = least + for_area * (todo - least).clamp(min=0)
         aspect = torch.exp((2 * for_aspect - 1) * math.log(0.3))
         bh, bw = (area * aspect).sqrt().round().clamp(1, h), (area / aspect).sqrt().round().clamp(1, w)
-        top, start = (for_top * (h - bh + 1)).floor(), (for_start * (w - bw + 1)).floor()
-        block = (y >= top) & (y < top + bh) & (x >= start) & (x < start + bw)
+        top, left = (for_top * (h - bh + 1)).floor(), (for_left * (w - bw + 1)).floor()
+        block = (y >= top) & (y < top + bh) & (x >= left) & (x < left + bw)
         order = torch.where(block & (order == rounds), float(i), order)
     return order.flatten(1)
 
 
 def places(box, flip, side, grid):
-    """Where the patches of view b lie on the patch grid of view a: rows and columns, and how much taller and wider they
-    are, as 10 ln of the ratio (authors' code): four (B, N).
+    """Locates the patches of view b on the patch grid of view a: rows, columns, and 10 ln of how many times taller and
+    wider they are (as in the authors' code). Four (B, N).
 
     box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). side: of the images, px, or (B,). With
     G patches to a side, patch m of b, whose crop starts at y2 and is h2 high, has its centre on a's grid at
@@ -151,7 +151,7 @@ def places(box, flip, side, grid):
     """
     y, x, h, w = (t[..., None] for t in box.unbind(-1))  # (B, 2, 1)
     side = side.view(-1, 1) if torch.is_tensor(side) else box.new_full((1, 1), side)
-    x = torch.where(flip[..., None], side[..., None] - x - w, x)  # from the left of the view as it was flipped
+    x = torch.where(flip[..., None], side[..., None] - x - w, x)  # flipped views: from the right edge
     (y1, y2), (x1, x2), (h1, h2), (w1, w2) = (t.unbind(1) for t in (y, x, h, w))
     m, n = (torch.arange(g, device=box.device) + 0.5 for g in grid)
     rows = h2 / h1 * m + grid[0] * (y2 - y1) / h1 - 0.5
@@ -189,7 +189,7 @@ def augment(imgs, draws, size, unit, mean, std):
 
 
 def mean_with_gradient(x):
-    """The mean over processes; all_reduce's own backward sums, so its gradient is the mean of their gradients."""
+    """The mean over processes. The backward of all_reduce sums, so the gradient is a mean over processes too."""
     return torch.distributed.nn.functional.all_reduce(x) / dist.get_world_size()
 
 
@@ -212,7 +212,7 @@ class TokenBatchNorm(nn.Module):
 NORMS = dict(batch=TokenBatchNorm, layer=functools.partial(nn.LayerNorm, eps=1e-6))
 
 
-def blocks(args, depth):
+def stack(args, depth):
     return nn.Sequential(*(Block(args.decoder_dim, args.decoder_heads, norm=NORMS[args.norm]) for _ in range(depth)))
 
 
@@ -223,7 +223,7 @@ class Tower(nn.Module):
         super().__init__()
         self.vit = ViT(**shape, pos="sincos", norm=False, drop_path=drop_rate)
         self.embed = nn.Linear(self.vit.dim, args.decoder_dim)
-        self.projector = blocks(args, args.projector_depth)
+        self.projector = stack(args, args.projector_depth)
 
     def forward(self, imgs, visible=None):
         """(B, C, h, w), visible (B, n) or all -> (B, 1+n, decoder_dim)."""
@@ -246,7 +246,7 @@ class SiameseIM(nn.Module):
         self.decoder_pos_embed = nn.Parameter(sincos_grid(self.grid, dim), requires_grad=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.position = nn.Linear(2 * dim, dim)
-        self.decoder = blocks(args, args.decoder_depth)
+        self.decoder = stack(args, args.decoder_depth)
         self.pred = nn.Linear(dim, dim)
         parts = [self.online.embed, self.online.projector, self.position, self.decoder, self.pred]
         for m in (m for part in parts for m in part.modules() if isinstance(m, nn.Linear)):
@@ -269,12 +269,12 @@ class SiameseIM(nn.Module):
 
     @torch.no_grad()
     def targets(self, imgs):
-        """Each patch of view b as the target network sees it, every token standardised: (B, N, D), float32."""
+        """z, the target network's tokens of view b, each standardised: (B, N, decoder_dim), float32."""
         z = self.target(imgs)[:, 1:].float()
         return F.layer_norm(z, z.shape[-1:])
 
     def forward(self, imgs, visible, box, flip, side):
-        """From the visible patches (B, n) of view a, a prediction for each patch of view b: (B, N, D)."""
+        """Predicts every patch of view b, (B, N, decoder_dim), from the visible ones (B, n) of view a."""
         pos = self.decoder_pos_embed.expand(len(imgs), -1, -1)
         x = self.online(imgs, visible) + gather_tokens(pos, F.pad(visible + 1, (1, 0)))  # CLS is position 0
         wanted = self.mask_token + self.position(relative_positions(box, flip, side, self.grid, pos.shape[-1]))
@@ -288,11 +288,10 @@ def correlation(z):
 
 
 def siameseim_loss(pred, target, c, weight=0.02):
-    """(|y - z|² + λ yᵀ C y) / D, mean over tokens: like its target, unlike all others (UniGrad, arXiv 2112.05141).
+    """(|y - z|² + λ yᵀ C y) / D, mean over tokens: y near its z, away from other z (UniGrad, arXiv 2112.05141).
 
-    If all targets were one vector z, the best prediction would be z / (1 + λD), with loss λD / (1 + λD): that keeps
-    targets apart only if λD is large. Published: 15. With λ = .02 and D = 64 it is 1.3, and targets differ by a few
-    percent.
+    If all targets collapse to one z, the best prediction is z / (1 + λD), with loss λD / (1 + λD). Only a large λD
+    prevents this: published 15. At λD = 1.3 (λ = .02, D = --decoder-dim = 64) targets differ by a few percent.
     pred y, target z (B, N, D); c (D, D): correlation of the targets over the whole batch. Returns the loss, and the
     uniformity term yᵀ C y / D.
     """
@@ -308,7 +307,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     spread of the targets, and the gradient's norm.
     """
     loss_fn = global_loss if args.ablate == "global" else siameseim_loss
-    total, parts, c, unit, side = 0, [], 0, max(args.img_size) / 224, imgs.shape[-1]
+    total, parts, c, unit = 0, [], 0, max(args.img_size) / 224
     for x, d in micro_batches(args.accumulate, imgs, draws):
         a, b = net.augment(x, d, args.img_size, unit, net.mean, net.std).chunk(2)
         with autocast(x.device, args.precision):
@@ -318,7 +317,8 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     c = mean_over_processes(c)
     for a, d, z in parts:
         with autocast(a.device, args.precision):
-            y = net(a, visible_patches(d, net.grid, args.mask_ratio), d["box"], d["flip"], side)
+            visible = visible_patches(d, net.grid, args.mask_ratio)
+            y = net(a, visible, d["box"], d["flip"], imgs.shape[-1])
         loss, uniformity = loss_fn(y.float(), z, c, net.neg_weight)
         scaler.scale(loss / args.accumulate).backward()
         total += torch.stack([loss.detach(), uniformity, spread(z)]) / args.accumulate
@@ -326,7 +326,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     set_rates(optimizer, schedule.lr, schedule.weight_decay)
     norm = average_and_clip(optimizer, scaler, args.clip)
     ok = norm.isfinite().float()  # 0: online and target network stay as they were
-    optimizer.found_inf = 1 - ok  # the fused AdamW then changes nothing
+    optimizer.found_inf = 1 - ok  # 1: the fused AdamW skips the step
     optimizer.step()
     optimizer.zero_grad()
     scaler.update()
@@ -344,7 +344,7 @@ def schedules(step, run, args):
 
 
 def global_loss(pred, target, c, weight=0.02):
-    """One vector per image instead of one per position: means over patches, standardised again; C of this process."""
+    """Compares one vector per image: the mean token, the target's standardised again; C of this micro-batch."""
     y, z = pred.mean(dim=1), F.layer_norm(target.mean(dim=1), target.shape[-1:])
     return siameseim_loss(y, z, correlation(z), weight)
 
@@ -395,12 +395,12 @@ def main(argv=None, images=None):
 
     for step, imgs in run.steps(train):
         schedule = schedules(step, run, args)
-        draws = my_rows(sample_step(args, step, train.side), device)  # the same for any number of processes
+        draws = my_rows(sample_step(args, step, train.side), device)  # of the whole batch's numbers
         stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args)
         if run.log_due(step):
             loss, uniformity, target_std, norm = mean_over_processes(stats).tolist()
             flat = target_std < 0.05 and step >= args.warmup * run.steps_per_epoch
-            warning = "COLLAPSED: targets no longer differ from position to position" if flat else None
+            warning = "COLLAPSED: targets no longer differ from token to token" if flat else None
             row = dict(loss=loss, uniformity=uniformity, target_std=target_std, grad_norm=norm, lr=schedule.lr)
             run.log(step, warning, **row)
         run.knn_when_due(step)

@@ -136,7 +136,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x, queries=None):
-        """(B, N, D) -> (B, N, D). `queries`: compute only the first so many tokens; they still attend to all."""
+        """(B, N, D) -> (B, N, D), or the first `queries` (an int) tokens alone, which still attend to all."""
         p = self.drop_path if self.training else 0
         x = x[:, :queries] + drop_path(self.attn(self.norm1(x), queries), p)
         return x + drop_path(self.mlp(self.norm2(x)), p)
@@ -146,7 +146,7 @@ class ViT(nn.Module):
     """Vision Transformer with a CLS token: images (B, C, h, w) -> normalised tokens (B, 1+N, D), CLS first.
 
     Images may have another size than `img_size`, as long as the patch size divides it: position embeddings are then
-    interpolated (bicubic, to the exact size; DINO's scale factor plus 0.1 changes entries of CLS by about 0.02).
+    interpolated (bicubic) to the exact grid. DINO's code aims at grid + 0.1; CLS entries differ by about 0.02.
     pos: "learned", or "sincos" for fixed ones. norm: False leaves out the final LayerNorm (SiameseIM).
     Raises InputError, a ValueError, where sizes do not fit. `embed`, `blocks` and `norm` can be called one by one.
     """
@@ -190,7 +190,7 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed[:, :1], rearrange(pos, "1 d h w -> 1 (h w) d")], dim=1)
 
     def embed(self, imgs, visible=None):
-        """CLS and patch tokens with their positions, (B, 1+N, D); with `visible` (B, n) only those patches."""
+        """CLS and patch tokens plus positions, (B, 1+N, D); only of the patches at indices `visible` (B, n)."""
         pos = self.positions(self.grid_of(imgs.shape[-2:], self.patch)).expand(len(imgs), -1, -1)
         cls, pos = self.cls_token + pos[:, :1], pos[:, 1:]
         x = rearrange(imgs, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
@@ -515,8 +515,8 @@ def prepare(imgs, config):
 def sample_boxes(shape, side, scale, aspect, g):
     """Random boxes y, x, height, width (*shape, 4) in px of a square image, by the rule of RandomResizedCrop.
 
-    The area is uniform in `scale`, the log aspect ratio uniform in 3/4 to 4/3 (times `aspect`, that of the output); of
-    ten tries the first that fits, else the whole image.
+    The area share is uniform in `scale`, the aspect ratio log-uniform in 3/4 to 4/3, times `aspect`. Of ten tries the
+    first that fits is taken, else the whole image.
     """
     area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
     ratio = aspect * torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
@@ -529,7 +529,7 @@ def sample_boxes(shape, side, scale, aspect, g):
 
 
 def resize_weights(start, length, flip, out, side):
-    """The matrix that resamples the pixels [start, start+length) of `side` to `out` ones: (..., out, side).
+    """The matrix (..., out, side) that resamples pixels [start, start+length) of a row of `side` to `out`.
 
     Bicubic (a = -0.5) and antialiased: the kernel is stretched where the crop shrinks, as in Pillow and F.interpolate.
     """
@@ -546,10 +546,10 @@ def resize_weights(start, length, flip, out, side):
 
 
 def crop_resize(imgs, box, flip, size):
-    """Crops (B, V, 4) of images (B, C, S, S), resized to `size`, maybe flipped: (V·B, C, h, w), Wy @ img @ Wxᵀ."""
-    (y, x, h, w), side, c = box.unbind(-1), imgs.shape[-1], imgs.shape[1]
-    wy = resize_weights(y, h, torch.zeros_like(flip), size[0], side)  # (B, V, h, S)
-    wx = resize_weights(x, w, flip, size[1], side)  # (B, V, w, S)
+    """Cuts boxes (B, V, 4) from imgs (B, C, S, S), resizes to `size`, flips: (V·B, C, h, w), Wy @ img @ Wxᵀ."""
+    (y, x, dy, dx), side, c = box.unbind(-1), imgs.shape[-1], imgs.shape[1]
+    wy = resize_weights(y, dy, torch.zeros_like(flip), size[0], side)  # (B, V, h, S)
+    wx = resize_weights(x, dx, flip, size[1], side)  # (B, V, w, S)
     rows = rearrange(wy, "b v i s -> b (v i) s") @ rearrange(imgs, "b c s t -> b s (c t)")
     rows = rearrange(rows, "b (v i) (c t) -> (b v) (c i) t", c=c, i=size[0])
     crops = rows @ rearrange(wx, "b v j t -> (b v) t j")
@@ -561,7 +561,7 @@ def gray(x):  # (B, 3, h, w) -> (B, 1, h, w): luma of ITU-R 601
     return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
-def blend(x, other, factor):  # other + factor (x - other): brightness, contrast and saturation are all this
+def blend(x, other, factor):  # other + factor (x - other): contrast, saturation and grey are all this
     return torch.lerp(other, x, factor).clamp(0, 1)
 
 
@@ -603,7 +603,7 @@ def autocast(device, precision):
 
 
 def cosine(step, total, start, end, warmup=0):
-    """Linear from 0 to `start` in `warmup` steps, the last of which reaches it, then a cosine to `end`."""
+    """Rises linearly to `start`, reached in the last of `warmup` steps, then follows a cosine to `end`."""
     warmup = round(warmup)
     if step < warmup:
         return start * step / max(1, warmup - 1)
@@ -611,7 +611,7 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def adamw(net, precision, betas=(0.9, 0.999)):
-    """AdamW for the parameters that learn, biases and norms in a group without weight decay; and fp16's scaler."""
+    """AdamW (group 0 has weight decay; group 1, biases and norms, has none) and the scaler for fp16."""
     params = [p for p in net.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim <= 1])]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
@@ -619,7 +619,7 @@ def adamw(net, precision, betas=(0.9, 0.999)):
 
 
 def set_rates(optimizer, lr, weight_decay):
-    """This step's learning rate, and weight decay, of all but biases and norms."""
+    """Sets the learning rate, and the weight decay of all but biases and norms."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay
@@ -646,7 +646,7 @@ def my_rows(draws, device):
 
 
 def micro_batches(n, *parts):
-    """The rows of tensors, and of dicts of tensors, in n equal shares: yields n tuples."""
+    """Splits tensors, and dicts of tensors, by rows into n equal parts; yields tuples."""
     rows = lambda x, i: {k: v.chunk(n)[i] for k, v in x.items()} if isinstance(x, dict) else x.chunk(n)[i]
     for i in range(n):
         yield tuple(rows(x, i) for x in parts)
@@ -654,7 +654,7 @@ def micro_batches(n, *parts):
 
 @torch.no_grad()
 def average_and_clip(optimizer, scaler, clip, each=False):
-    """Gradients: the mean over processes, fp16's scale taken out, clipped to a norm. Returns the norm before, ().
+    """Averages gradients over processes, takes out fp16's scale, clips. Returns the norm before clipping, ().
 
     clip: limit of the norm of all gradients together, or with `each` of each parameter's own (DINO); 0 turns it off.
     Averaged here and not by DistributedDataParallel, whose wrapper would need exceptions for frozen parameters, for
@@ -676,7 +676,7 @@ def average_and_clip(optimizer, scaler, clip, each=False):
 
 @torch.no_grad()
 def ema_update(teacher, student, weight):
-    """teacher += weight (student - teacher), in three kernels. weight: tensor (); 0 changes nothing."""
+    """EMA: teacher += weight (student - teacher). weight: a tensor (), 1 - momentum; 0 changes nothing."""
     old, new = list(teacher.parameters()), list(student.parameters())
     change = torch._foreach_sub(new, old)
     torch._foreach_mul_(change, weight)
@@ -918,7 +918,7 @@ COMMON = dict(  # options of every training script
     out=(None, "folder for last.pt, log.jsonl and pictures; a run found there resumes (runs/METHOD-DATA)"),
     preset=(None, "which defaults to use (chosen by the size of the images)", dict(choices=PRESETS)),
     steps=(None, "stop after so many steps from the start of the run; schedules stay", COUNT),
-    accumulate=(1, "micro-batches in a step: less memory, same gradient (but drop path, infonce)", COUNT),
+    accumulate=(1, "micro-batches in a step: less memory, same gradient (but drop path, BatchNorm, infonce)", COUNT),
     workers=(2, "processes that decode images, where a set does not fit into memory"),
     device=DEVICE,
     precision=PRECISION,

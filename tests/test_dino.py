@@ -188,7 +188,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", dino.ABLATIONS)
 def test_ablations_change_one_thing_and_run(npz, name):
-    assert dino.ABLATIONS[name].keys() == CHANGES.get(name, set()) and hasattr(dino, f"{name}_loss") == (name not in CHANGES)
+    assert dino.ABLATIONS[name].keys() == CHANGES.get(name, set())
+    assert hasattr(dino, f"{name}_loss") == (name not in CHANGES)
     assert math.isfinite(dino.main(tiny("--ablate", name, "--steps", 3))["loss"])
     found = log()[0]["args"]
     assert all(found[k] == v for k, v in dino.ABLATIONS[name].items())
