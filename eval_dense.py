@@ -140,11 +140,12 @@ def from_attention(vit, imgs, masks, config, mass, device):
 
 @torch.no_grad()
 def by_block(vit, imgs, config, device):
-    """Patch tokens after each block, through the final norm: yields (n, N, D), one depth held at a time."""
+    """Yields the tokens (n, 1+N, D) after each block, before the final norm: the same tensor, overwritten each time."""
     x = torch.cat([vit.embed(prepare(part.to(device), config)) for part in imgs.split(50)])
     for block in vit.blocks:
-        x = torch.cat([block(part) for part in x.split(50)])
-        yield vit.norm(x)[:, 1:].float()
+        for part in x.split(50):
+            part.copy_(block(part))
+        yield x
 
 
 def patch_labels(masks, grid, classes):
@@ -160,27 +161,30 @@ def mean_iou(both, either):
     return (both.double() / either.clamp(min=1) * seen).sum(-1) / seen.sum(-1).clamp(min=1)
 
 
-def linear_features(train, y, test, masks, grid, classes, device):
+def linear_features(vit, train, y, test, masks, classes, device):
     """Mean IoU of a linear layer on the patch tokens of one depth: of each test image (n,), of all images (float).
 
-    train, test (n, N, D): tokens. y (n·N,): labels of the training patches. masks (n, S, S): of the test images.
+    train, test (n, 1+N, D): tokens. y (n·N,): labels of the training patches. masks (n, S, S): of the test images.
     """
-    x, valid = train.flatten(0, 1), y != 255
-    order = torch.randperm(int(valid.sum()), generator=torch.Generator().manual_seed(0)).to(device)
-    x, y = x[valid][order], y[valid][order]
-    kept = len(x) - len(x) // 10
+    (_, tokens, dim), rows = train.shape, (y != 255).nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(device)]
+    kept = len(rows) - len(rows) // 10
+
+    def take(rows):  # normed tokens and labels of some patches: copying all at once would double the memory
+        return vit.norm(train.view(-1, dim)[rows + rows // (tokens - 1) + 1]).float(), y[rows]  # one CLS an image
 
     def fit(n, rates):
         batch = min(1024, n)
         total = max(200, 5 * (n // batch))
-        steps = ((x[i], y[i]) for i, _ in batches(n, batch, 0, total, 0))
-        return train_heads(steps, total, x.shape[1], classes, rates, batch, device)
+        steps = (take(rows[i]) for i, _ in batches(n, batch, 0, total, 0))
+        return train_heads(steps, total, dim, classes, rates, batch, device)
 
     norm, weight, bias = fit(kept, RATES)
-    tried = accuracies(norm(x[kept:]) @ weight + bias, y[kept:])
-    norm, weight, bias = fit(len(x), [RATES[tried.index(max(tried))]])
-    found = (norm(test.flatten(0, 1)) @ weight + bias)[0].argmax(dim=-1).cpu()
-    found, c = found.view(-1, 1, *grid).float(), torch.arange(classes).view(1, -1, 1, 1)
+    held, labels = take(rows[kept:])
+    tried = accuracies(norm(held) @ weight + bias, labels)
+    norm, weight, bias = fit(len(rows), [RATES[tried.index(max(tried))]])
+    found = [(norm(vit.norm(x[1:]).float()) @ weight + bias)[0].argmax(dim=-1).cpu() for x in test]
+    found, c = torch.stack(found).view(-1, 1, *vit.grid).float(), torch.arange(classes).view(1, -1, 1, 1)
     parts = zip(found.split(20), masks[:, None].split(20), strict=True)
     parts = [overlaps(F.interpolate(f, size=m.shape[-2:]) == c, m == c, m != 255) for f, m in parts]
     both, either = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -207,11 +211,12 @@ def main(argv=None):
     percent = lambda v: round(100 * float(v), 2)
     results = dict(classes=classes, train=len(train[0]), test=len(test[0]))
     for name, net in nets.items():
+        net.requires_grad_(False)
         pairs = [test] if args.test else [train, test]
         seen = torch.cat([from_attention(net, *pair, config, args.mass, device) for pair in pairs])
         tokens = (by_block(net, imgs, config, device) for imgs, _ in (train, test))
         tokens = zip(*tokens, strict=True)
-        depths = [linear_features(a, labels, b, test[1], vit.grid, classes, device) for a, b in tokens]
+        depths = [linear_features(net, a, labels, b, test[1], classes, device) for a, b in tokens]
         found = dict(jaccard=percent(seen.mean()), jaccard_error=error(seen), jaccard_images=len(seen))
         found["dense_by_block"] = [percent(v.mean()) for v, _ in depths]
         found["miou_by_block"] = [percent(m) for _, m in depths]

@@ -16,8 +16,8 @@ that sees all of b. Colours differ (not in the demo, which has few), so the pred
 every position, so it stays spatial.
 
 Symbols of the paper: y is the prediction, z the target, C the correlation of targets, lambda --neg-weight. For another
-loss change siameseim_loss, for another target SiameseIM.targets, for another mask visible_patches. To read it all, read
-sections 1 (network), 3 (views) and 4 (training step) of vit.py as well.
+loss change siameseim_loss, for another target SiameseIM.targets, for another mask visible_patches. Read sections 1, 3
+and 4 of vit.py too.
 
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order, no rounding to 8 bits in
