@@ -878,8 +878,8 @@ def cli(main):
         except InputError as e:
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
-        except RuntimeError as e:
-            if "DataLoader worker" not in str(e):
+        except (RuntimeError, ConnectionError) as e:  # ConnectionError: it died while it handed a batch over
+            if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
                 raise
             why = "out of memory? Run the same command again to resume, perhaps with --workers 0"
             raise SystemExit(f"{Path(sys.argv[0]).name}: error: a process that decodes images died ({why})") from None

@@ -468,3 +468,15 @@ def test_every_preset_takes_two_steps(method, npz, preset):
     options += ["--device", DEVICE, *(["--method", "pcae"] if method == "pcae" else [])]
     heads = ["--prototypes", "64", "--local-size", "16", "--hidden", "64"]
     assert MAIN[method]([*options, *(heads if method in ("dino", "hybrid") else [])])["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset"), RuntimeError("DataLoader worker died")]
+)
+def test_a_worker_that_dies_while_it_hands_a_batch_over(error):
+    @vit.cli
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match="a process that decodes images died .*--workers 0"):
+        main()
