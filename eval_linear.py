@@ -153,11 +153,6 @@ def sample_mixes(args, step, side, config):
     return dict(box=box, flip=flip, weight=torch.maximum(weight, 1 - weight).float())
 
 
-def statistics(config, device):
-    """Mean and standard deviation as (C, 1, 1) tensors."""
-    return (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
-
-
 # classifier ----------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +270,7 @@ def probe(args, net, train, test, config, device):
             yield from ((x[i], y[i]) for i, _ in batches(n, batch, 0, total, args.seed, whole=True))
             return
         keys, small = list(batches(n, batch, 0, total, args.seed)), SimpleNamespace(**vars(args) | dict(batch=batch))
-        mean, std = statistics(config, device)
+        mean, std = (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
         for step, ((index, _), imgs) in enumerate(zip(keys, stream(train, keys, device, args.workers), strict=True)):
             draws = my_rows(sample_mixes(small, step, train.side, config), device)
             with torch.no_grad(), autocast(device, args.precision):
@@ -390,7 +385,7 @@ def finetune(args, vit, train, test, config, device):
         block.drop_path = rate
     norm = "layer" if feature == "mean" else "none"
     net = Classifier(vit, len(train.classes), feature, norm=norm, ratio=args.drop_ratio).to(device)
-    net.mean, net.std = statistics(config, device)
+    net.mean, net.std = (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
     optimizer = torch.optim.AdamW(layer_groups(net, args.layer_decay, args.weight_decay), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     batch = min(args.batch, len(train)) // (2 * world) * 2 * world

@@ -317,8 +317,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     c = mean_over_processes(c)
     for a, d, z in parts:
         with autocast(a.device, args.precision):
-            visible = visible_patches(d, net.grid, args.mask_ratio)
-            y = net(a, visible, d["box"], d["flip"], imgs.shape[-1])
+            y = net(a, visible_patches(d, net.grid, args.mask_ratio), d["box"], d["flip"], imgs.shape[-1])
         loss, uniformity = loss_fn(y.float(), z, c, net.neg_weight)
         scaler.scale(loss / args.accumulate).backward()
         total += torch.stack([loss.detach(), uniformity, spread(z)]) / args.accumulate
