@@ -42,12 +42,11 @@ from vit import features, knn  # 5 evaluation
 from vit import load_encoder  # 6 checkpoints
 from vit import COUNT, cli, launch, options  # 7 runs
 
-FILES, FOLDER = dict(flag="checkpoints", nargs="*"), dict(metavar="DIR")
 OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("checkpoint", "img_size", "limit")} | dict(
-    checkpoints=(None, "runs' last.pt, files of weights/, the authors'; FILE=cl, FILE=mim", FILES),
+    checkpoints=(None, "runs' last.pt, weights/, authors' files; FILE=cl or =mim", dict(flag="checkpoints", nargs="*")),
     data=(None, "demo.npz, any .npz, cifar10, cifar100, or a folder (what the first was trained on)"),
     out=("runs/analysis", "folder for analysis.json, analysis.png and queries.png"),
-    cue_conflict=(None, "folder of <shape class>/<shape>-<texture>.png (demo.npz has both labels)", FOLDER),
+    cue_conflict=(None, "folder of <shape class>/<shape>-<texture>.png (demo.npz has both labels)"),
     results=((), "last lines of eval_linear.py and eval_dense.py, as files", dict(nargs="*", type=str, metavar="FILE")),
     limit=(1000, "test images that are measured", COUNT),
     train_images=(5000, "training images of linear probes and k-NN", COUNT),

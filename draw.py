@@ -13,15 +13,13 @@ image, what the student and the teacher see, and the tokens left after each stag
 from argparse import Namespace
 from pathlib import Path
 
-import torch
-
 import dino
 import hybrid
 import mae_pcae
 
 # isort: off
 from vit import InputError  # 1 network
-from vit import decode, prepare, reading, resize_side, square  # 2 images
+from vit import decode, mean_and_std, prepare, reading, resize_side, square  # 2 images
 from vit import load_checkpoint, load_encoder  # 6 checkpoints
 from vit import DEVICE, cli, launch, options, shape_of  # 7 runs
 
@@ -62,7 +60,7 @@ def main(argv=None):
     device = launch(args)
     vit, config = load_encoder(args.checkpoint, args.heads)
     vit, net = vit.to(device), load_network(args.checkpoint, config, device)
-    mean, std = (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
+    mean, std = mean_and_std(config, device)
     args.out = args.out or Path(args.checkpoint).parent
     Path(args.out).mkdir(parents=True, exist_ok=True)
     written = []

@@ -43,7 +43,7 @@ from torch import nn
 
 # isort: off
 from vit import InputError, ViT, drop_path, gather_tokens, pooled  # 1 network
-from vit import batches, open_images, prepare, resize_side, seeded, stream  # 2 images
+from vit import batches, mean_and_std, open_images, prepare, resize_side, seeded, stream  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
 from vit import autocast, average_and_clip, cosine, mean_over_processes, my_rows, processes  # 4 training step
 from vit import features, gather  # 5 evaluation
@@ -270,7 +270,7 @@ def probe(args, net, train, test, config, device):
             yield from ((x[i], y[i]) for i, _ in batches(n, batch, 0, total, args.seed, whole=True))
             return
         keys, small = list(batches(n, batch, 0, total, args.seed)), SimpleNamespace(**vars(args) | dict(batch=batch))
-        mean, std = (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
+        mean, std = mean_and_std(config, device)
         for step, ((index, _), imgs) in enumerate(zip(keys, stream(train, keys, device, args.workers), strict=True)):
             draws = my_rows(sample_mixes(small, step, train.side, config), device)
             with torch.no_grad(), autocast(device, args.precision):
@@ -285,23 +285,20 @@ def probe(args, net, train, test, config, device):
         total = args.epochs * (n // batch)
         return train_heads(pairs(n, batch, total), total, test_x.shape[1], classes, rates, batch, device)
 
-    def accuracy(fitted, x, y):
-        norm, weight, bias = fitted
-        return accuracies(norm(x) @ weight + bias, y)
-
     tried, n = {}, len(train)
     kept = n - max(n // 10, min(classes, n // 2))  # held out: a tenth, but as many as classes, and at most half
     if 1 < kept < n and len(args.rates) > 1:
         held = features(net.encode, train.pick(range(kept, n)), *how) if x is None else x[kept:]
-        tried = dict(zip(args.rates, accuracy(fit(kept, args.rates), held, y[kept:]), strict=True))
+        norm, weight, bias = fit(kept, args.rates)
+        tried = dict(zip(args.rates, accuracies(norm(held) @ weight + bias, y[kept:]), strict=True))
     rate = max(tried, key=tried.get) if tried else args.rates[len(args.rates) // 2]
     if rank == 0 and tried and rate in (args.rates[0], args.rates[-1]):
         print(f"warning: the best of the --rates, {rate:g}, is the first or the last: try a wider range")
-    norm, weight, bias = fitted = fit(n, [rate])
+    norm, weight, bias = fit(n, [rate])
     net.norm.load_state_dict(norm.state_dict())
     net.head.weight.data, net.head.bias.data = weight[0].T.contiguous(), bias[0, 0]
-    found = dict(linear=round(accuracy(fitted, test_x, test.labels.to(device))[0], 2), rate=rate, train=n)
-    return found | dict(tried={f"{k:g}": round(v, 2) for k, v in tried.items()})
+    linear = round(accuracies(norm(test_x) @ weight + bias, test.labels.to(device))[0], 2)
+    return dict(linear=linear, rate=rate, train=n, tried={f"{k:g}": round(v, 2) for k, v in tried.items()})
 
 
 def probe_seeds(args, vit, train, test, config, device):
@@ -385,7 +382,7 @@ def finetune(args, vit, train, test, config, device):
         block.drop_path = rate
     norm = "layer" if feature == "mean" else "none"
     net = Classifier(vit, len(train.classes), feature, norm=norm, ratio=args.drop_ratio).to(device)
-    net.mean, net.std = (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
+    net.mean, net.std = mean_and_std(config, device)
     optimizer = torch.optim.AdamW(layer_groups(net, args.layer_decay, args.weight_decay), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     batch = min(args.batch, len(train)) // (2 * world) * 2 * world

@@ -258,10 +258,12 @@ def decode(file, side=None):
         if "A" in img.mode or "transparency" in img.info:  # white behind what is transparent
             img = img.convert("RGBA")
             img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-        w, h = min(img.width, 4 * img.height), min(img.height, 4 * img.width)
-        img = ImageOps.fit(img.convert("RGB"), (w, h))  # of a strip the middle, or its long side would be huge
-        size = (max(side, round(w * side / h)), side) if w > h else (side, max(side, round(h * side / w)))
-        img = img.resize(size, Image.Resampling.BICUBIC)
+        img, (w, h) = img.convert("RGB"), img.size
+        if max(w, h) > 4 * min(w, h):  # of a strip the middle, or its long side would be huge
+            w, h = min(w, 4 * h), min(h, 4 * w)
+            img = ImageOps.fit(img, (w, h))
+        if min(w, h) != side:
+            img = img.resize([max(side, round(s * side / min(w, h))) for s in (w, h)], Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()
 
 
@@ -494,6 +496,11 @@ def to_device(x, device):
 def resize_side(img_size):
     """The side to which evaluation resizes before its centre crop: 8/7 of a network's above 64 px (224 px: 256 px)."""
     return max(img_size) if max(img_size) <= 64 else round(max(img_size) * 8 / 7)
+
+
+def mean_and_std(config, device):
+    """The channels' mean and standard deviation of an encoder's training images, in [0, 1]: two tensors (C, 1, 1)."""
+    return (torch.tensor(config[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
 
 
 def prepare(imgs, config):
