@@ -3,23 +3,25 @@
 #
 #   ./reproduce.sh                                  # CIFAR-10, 60 minutes of training a method; meant for a GPU
 #   ./reproduce.sh --only mae --minutes 30 --seeds 3
-#   ./reproduce.sh --data demo.npz --minutes 2 --finetune-epochs 3 -- --size nano     # on a CPU; after --: all trainings
+#   ./reproduce.sh --cpu --data cifar10             # a small network on two CPU cores: DINO 60 minutes, the others 40
+#   ./reproduce.sh --data demo.npz --minutes 2 --finetune-epochs 3 -- --size nano     # after --: for all trainings
 #
 # In --out (runs/reproduce): one folder a method and seed, and table.md, written again after every method. The data needs
 # labels. What is done is not done again: to resume after a cut, give the same command; for other minutes, another --out.
 # The length of a run in epochs follows from its speed over a few steps on this machine. Minutes are of training: k-NN
 # during training and saving are counted, start-up and the evaluations after it are not. --finetune-epochs: 100 on a GPU,
-# 5 without.
+# 5 without. --processes: so many share each batch; --cpu: 2, each with one thread.
 set -euo pipefail
 python=$(command -v python || command -v python3)
 gpu=$("$python" -c "import torch; print(torch.cuda.is_available())")
-methods="dino mae pcae siameseim hybrid" minutes=60 data=cifar10 out=runs/reproduce seeds=1 rest=()
+methods="dino mae pcae siameseim hybrid" minutes= data=cifar10 out=runs/reproduce seeds=1 cpu= processes=1 rest=()
 finetune=$([ "$gpu" = True ] && echo 100 || echo 5)
 while [ $# -gt 0 ]; do
+    [ "$1" = --cpu ] && { cpu=1 processes=2; shift; continue; }
     [ "$1" = -- ] || [ $# -gt 1 ] || set -- help # an option without its value
     case $1 in
     --only) methods=$2 ;; --minutes) minutes=$2 ;; --data) data=$2 ;; --out) out=$2 ;; --finetune-epochs) finetune=$2 ;;
-    --seeds) seeds=$2 ;; --) shift; rest=("$@"); break ;;
+    --seeds) seeds=$2 ;; --processes) processes=$2 ;; --) shift; rest=("$@"); break ;;
     *) sed -n '2,/^set/p' "$0" | grep '^#' | cut -c3-; exit 2 ;;
     esac
     shift 2
@@ -29,10 +31,31 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 script_of() { case $1 in mae | pcae) echo "mae_pcae.py --method $1" ;; *) echo "$1.py" ;; esac; }
 
+recipe() { # what --cpu gives a method, for images of 32 px
+    local decoder="--decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
+    local dino="--hidden 512 --prototypes 1024 --lr 2e-3 --warmup .5 --momentum .97 --teacher-temp .03"
+    dino+=" --center-momentum .8 --freeze-last-layer 0 --drop-path 0"
+    echo --size nano --batch 128
+    case $1 in
+    dino) echo --patch 8 $dino --local-crops 2 ;;
+    mae) echo $decoder --lr 4e-3 --warmup 2 ;;
+    pcae) echo $decoder --lr 1e-3 --warmup 2 --momentum .9995 ;;
+    siameseim) echo $decoder --lr 2e-3 --warmup 1 --projector-depth 1 --neg-weight .24 ;;
+    hybrid) echo $decoder $dino --local-crops 0 --global-scale .14 1 ;;
+    esac
+}
+
+start() { # as many processes as were asked for
+    if [ "$processes" = 1 ]; then "$python" "$@"; else
+        "$python" -m torch.distributed.run --standalone --nproc-per-node="$processes" "$@"
+    fi
+}
+
 train() { # method, folder, options
     local method=$1 folder=$2; shift 2
     # shellcheck disable=SC2046
-    "$python" "$here"/$(script_of "$method") --data "$data" --out "$folder" "$@" ${rest[@]+"${rest[@]}"}
+    start "$here"/$(script_of "$method") --data "$data" --out "$folder" ${cpu:+$(recipe "$method")} "$@" \
+        ${rest[@]+"${rest[@]}"}
 }
 
 json() { # file, command: the last line it prints, kept in the file once it has ended well
@@ -60,8 +83,8 @@ head = "| | seeds | epochs | minutes | k-NN, k = 20 | untrained | linear probe |
 print(head + "\n" + "|---" * 8 + "|")
 first = next(iter(done.values()))[0]
 print(f"| raw pixels | | | | {near(read(first / 'knn.json')['pixels']):.1f} | | | |")
-if (out / "scratch.json").exists():
-    print(f"| from scratch | | | | | | | {read(out / 'scratch.json')['finetuned']:.1f} |")
+for file in sorted(out.glob("scratch-*.json")):
+    print(f"| from scratch, patches of {file.stem[8:]} px | | | | | | | {read(file)['finetuned']:.1f} |")
 for method, runs in done.items():
     knn = [read(run / "knn.json") for run in runs]
     rows = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in runs]
@@ -81,7 +104,9 @@ for m in $methods; do
         if [ ! -s "$out/$m.epochs" ]; then # images/s over the last of a few steps say how many epochs fit
             rm -rf "$out/speed"
             train "$m" "$out/speed" --epochs 2 --warmup 0 --steps 40
-            "$python" - "$out/speed/log.jsonl" "$minutes" >"$out/$m.epochs" <<'PY'
+            limit=${minutes:-60}
+            if [ "$cpu$minutes" = 1 ] && [ "$m" != dino ]; then limit=40; fi
+            "$python" - "$out/speed/log.jsonl" "$limit" >"$out/$m.epochs" <<'PY'
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
 speed = [r["images_per_s"] for r in rows if "images_per_s" in r][-1]
@@ -92,8 +117,10 @@ PY
         train "$m" "$run" --epochs "$(cat "$out/$m.epochs")" --seed "$seed"
         json "$run/knn.json" "$python" "$here/eval_knn.py" "$run/last.pt" --precision auto
         json "$run/linear.json" "$python" "$here/eval_linear.py" "$run/last.pt"
-        tune=("$python" "$here/eval_linear.py" "$run/last.pt" --finetune --epochs "$finetune")
-        json "$out/scratch.json" "${tune[@]}" --scratch --out "$out/scratch"
+        tune=(start "$here/eval_linear.py" "$run/last.pt" --finetune --epochs "$finetune")
+        tune+=(${cpu:+--batch 64 --mixup 0 --drop-path 0})
+        patch=$(head -n 1 "$run/log.jsonl" | grep -o '"patch": [0-9]*' | grep -o '[0-9]*')
+        json "$out/scratch-$patch.json" "${tune[@]}" --scratch --out "$out/scratch-$patch"
         json "$run/finetune.json" "${tune[@]}" --out "$run/finetune"
         table
     done

@@ -1,8 +1,10 @@
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +53,9 @@ def own_folder(tmp_path, monkeypatch):
         signal.signal(s, handler)
 
 
+close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
 def pictures(n, side=16, classes=3, seed=0):
     """Noisy images of a few classes: uint8 (n, side, side, 3), labels (n,)."""
     rng = np.random.default_rng(seed)
@@ -76,6 +81,19 @@ def folder(tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(img).save(file)
     return "photos"
+
+
+class Mine:
+    """A data set of a user's own: any sequence of images, uint8 (C, height, width)."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return torch.full((3, 20, 24), i, dtype=torch.uint8)
 
 
 SMALL = "--decoder-dim 16 --decoder-depth 2 --decoder-heads 2"
@@ -161,6 +179,32 @@ def environment(**more):
 def start(script, *options, processes=1, timeout=120):
     argv = command(script, *options, processes=processes)
     return subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def spawn(argv, env=None, **options):
+    """A command's process, with all it prints as one text."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(argv, env=env or environment(), **pipes | options)
+
+
+def training():
+    return os.path.exists("run/log.jsonl") and losses()
+
+
+def wait_for(process, condition=training, seconds=90):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < deadline, process.stdout.read()
+        time.sleep(0.02)
+
+
+def encoder(file=None, channels=3, feature="cls"):
+    """A small ViT of 16 px and its config; also saved to a file, as version 0.1's are in weights/."""
+    net = vit.ViT(16, 4, in_chans=channels, **vit.SIZES["test"]).eval()
+    config = dict(net.config, mean=[0.5] * channels, std=[0.2] * channels, feature=feature)
+    if file:
+        torch.save(dict(encoder=net.state_dict(), config=config), file)
+    return net, config
 
 
 def fails(main, argv, capsys):

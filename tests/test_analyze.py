@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, fails, tiny
+from conftest import ROOT, close, encoder, fails, tiny
 from PIL import Image
 
 import analyze
@@ -17,29 +17,20 @@ import eval_linear
 import mae_pcae
 import vit
 
-close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
 
 @pytest.fixture(scope="module")
 def maps():
     return torch.randn(3, 2, 17, 17, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
 
 
-def golden():
-    return {k: torch.from_numpy(v) for k, v in np.load(ROOT / "tests/golden/analysis.npz").items()}
-
-
 def test_golden():
-    z = golden()
-    side = round(z["latents"].shape[2] ** 0.5)
-    for depth, maps in enumerate(z["attention"]):
-        close(
-            analyze.attention_distance(maps.double(), int(z["patch"]), (side, side)).mean(0),
-            z["attention_distance_px"][depth],
-        )
-        close(analyze.nmi(maps).mean(0), z["nmi"][depth])
-    for depth, tokens in enumerate(z["latents"]):
-        close(analyze.fourier_log_amplitude(tokens, (side, side)).mean(0), z["fourier_log_amplitude"][depth])
+    z = {k: torch.from_numpy(v) for k, v in np.load(ROOT / "tests/golden/analysis.npz").items()}
+    grid = (round(z["latents"].shape[2] ** 0.5),) * 2
+    distance = lambda maps: analyze.attention_distance(maps.double(), int(z["patch"]), grid).mean(0)
+    close(torch.stack([distance(maps) for maps in z["attention"]]), z["attention_distance_px"])
+    close(torch.stack([analyze.nmi(maps).mean(0) for maps in z["attention"]]), z["nmi"])
+    fourier = [analyze.fourier_log_amplitude(tokens, grid).mean(0) for tokens in z["latents"]]
+    close(torch.stack(fourier), z["fourier_log_amplitude"])
 
 
 def test_closed_forms():
@@ -95,20 +86,12 @@ def test_nmi_of_queries_that_look_at_one_key_is_zero_and_a_key_unseen_is_no_nan(
 def test_fourier_against_a_loop():
     x = torch.randn(2, 16, 3)
     ours = analyze.fourier_log_amplitude(x, (4, 4))
+    means = []
     for i in (0, 1):  # frequency (i, i), counted from DC downwards as fftshift does
-        logs = []
-        for b in range(2):
-            for c in range(3):
-                grid = x[b, :, c].view(4, 4)
-                wave = lambda y, u, f: torch.exp(torch.tensor(2j * math.pi * f * (y + u) / 4))
-                amplitude = sum(grid[y, u] * wave(y, u, i) for y in range(4) for u in range(4)).abs()
-                logs.append((b, (amplitude + 1e-6).log()))
-        if i == 0:
-            dc = [torch.stack([v for k, v in logs if k == b]).mean() for b in range(2)]
-        else:
-            close(
-                ours[:, 1], torch.stack([torch.stack([v for k, v in logs if k == b]).mean() - dc[b] for b in range(2)])
-            )
+        wave = torch.exp(torch.tensor([[2j * math.pi * i * (y + u) / 4 for u in range(4)] for y in range(4)]))
+        logs = [[(wave * x[b, :, c].view(4, 4)).sum().abs().add(1e-6).log() for c in range(3)] for b in range(2)]
+        means.append(torch.tensor(logs).mean(1))
+    close(ours[:, 1], means[1] - means[0])
     assert torch.equal(ours[:, 0], torch.zeros(2)) and ours.shape == (2, 2)
 
 
@@ -133,9 +116,8 @@ def test_shape_or_texture_against_a_loop():
     shapes, textures = torch.randint(0, 3, (30,), generator=g), torch.randint(0, 2, (30,), generator=g)
     ours = analyze.shape_or_texture(x, shapes, textures, k=5)
     for i in range(30):
-        order = sorted(
-            (j for j in range(30) if j != i), key=lambda j, i=i: -float(F.cosine_similarity(x[i], x[j], dim=0))
-        )
+        near = lambda j, i=i: -float(F.cosine_similarity(x[i], x[j], dim=0))
+        order = sorted((j for j in range(30) if j != i), key=near)
         kind = lambda j, i=i: (bool(shapes[i] == shapes[j]), bool(textures[i] == textures[j]))
         rates = []
         for wanted in ((True, False), (False, True)):
@@ -184,15 +166,14 @@ def test_the_script(npz, capsys):
         assert img.size == (640, 960)
 
 
+def measure(net, config, images, batch):
+    return analyze.measure_images(net, images, config, SimpleNamespace(batch=batch, workers=0), torch.device("cpu"))
+
+
 def test_neither_batch_nor_order_changes_a_measure(npz):
-    net = vit.ViT(16, 4, **vit.SIZES["test"]).eval()
-    config = dict(net.config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls")
-    images = vit.open_images(npz)[1]
-    order = torch.randperm(24).tolist()
-    measure = lambda images, b: analyze.measure_images(
-        net, images, config, SimpleNamespace(batch=b, workers=0), torch.device("cpu")
-    )
-    (whole, spectrum), (parts, other) = measure(images, 24), measure(images.pick(order), 5)
+    (net, config), images, order = encoder(), vit.open_images(npz)[1], torch.randperm(24).tolist()
+    whole, spectrum = measure(net, config, images, 24)
+    parts, other = measure(net, config, images.pick(order), 5)
     for name in whole:
         for depth in whole[name]:
             close(whole[name][depth][order], parts[name][depth])
@@ -200,9 +181,8 @@ def test_neither_batch_nor_order_changes_a_measure(npz):
 
 
 def test_clustering_is_less_the_mean_token_of_all_images(npz):
-    net = vit.ViT(16, 4, **vit.SIZES["test"]).eval()
-    config, images = dict(net.config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls"), vit.open_images(npz)[1]
-    found, _ = analyze.measure_images(net, images, config, SimpleNamespace(batch=7, workers=0), torch.device("cpu"))
+    (net, config), images = encoder(), vit.open_images(npz)[1]
+    found, _ = measure(net, config, images, 7)
     with torch.no_grad():
         x = net.embed(vit.prepare(images.items, config))[:, 1:]
     x = F.normalize(x - x.mean((0, 1)), dim=-1)
@@ -212,10 +192,9 @@ def test_clustering_is_less_the_mean_token_of_all_images(npz):
 
 
 def test_features_of_each_depth_and_of_a_feature_twice_as_wide(npz):
-    net, args = vit.ViT(16, 4, **vit.SIZES["test"]).eval(), SimpleNamespace(batch=24, workers=0)
-    images = vit.open_images(npz)[1]
+    images, args = vit.open_images(npz)[1], SimpleNamespace(batch=24, workers=0)
     for feature in ("mean", "both"):
-        config = dict(net.config, mean=[0.5] * 3, std=[0.2] * 3, feature=feature)
+        net, config = encoder(feature=feature)
         found = analyze.features_by_depth(net, images, config, args, torch.device("cpu"))
         x = vit.prepare(torch.stack([images[i, 0.5] for i in range(24)]), config)
         for ours, tokens in zip(found, net.layers(x), strict=False):
@@ -234,19 +213,19 @@ def test_cue_conflict_layout(npz, tmp_path):
     assert len(result["results"]["models"]["d"]["found"]["shape"]) == 3
 
 
-@pytest.mark.parametrize(
-    "options,message",
-    [
-        ("", "no checkpoint given"),
-        ("nowhere.pt", "no checkpoint at nowhere.pt"),
-        ("d/last.pt --data x", "no such"),
-        ("d/last.pt --limit 0", "--limit: must be 1 or more"),
-        ("d/last.pt --batch 0", "--batch: must be 1 or more"),
-    ],
-)
-def test_wrong_input(npz, capsys, options, message):
-    dino.main(tiny("--steps", 1, out="d"))
-    assert message in fails(analyze.main, options.split(), capsys)
+WRONG = {
+    "": "no checkpoint given",
+    "nowhere.pt": "no checkpoint at nowhere.pt",
+    "x.pt --data x": "no such",
+    "x.pt --limit 0": "--limit: must be 1 or more",
+    "x.pt --batch 0": "--batch: must be 1 or more",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_input(capsys, options):
+    encoder("x.pt")
+    assert WRONG[options] in fails(analyze.main, options.split(), capsys)
 
 
 @pytest.mark.parametrize("side", [14, 32, 224])
@@ -261,8 +240,6 @@ def test_bands_of_noise_tile_the_plane(side):
 
 def test_a_result_that_cannot_be_read_is_refused_before_measuring(npz, capsys, monkeypatch):
     monkeypatch.setattr(analyze, "measure_encoder", lambda *_: pytest.fail("measured first"))
-    config = dict((model := vit.ViT(16, 4, **vit.SIZES["test"])).config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls")
-    torch.save(dict(encoder=model.state_dict(), config=config), "a.pt")
-    assert "nowhere.json is not a readable result" in fails(
-        analyze.main, ["a.pt", "--data", npz, "--results", "nowhere.json"], capsys
-    )
+    encoder("a.pt")
+    options = ["a.pt", "--data", npz, "--results", "nowhere.json"]
+    assert "nowhere.json is not a readable result" in fails(analyze.main, options, capsys)

@@ -1,16 +1,17 @@
 """Segmentation from attention and by a linear layer: against loops and closed forms, and the script itself."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails, tiny
+from conftest import encoder, fails, tiny
 from PIL import Image
 
+import analyze
 import dino
 import eval_dense
-import vit
 
 
 def test_overlaps_against_a_loop():
@@ -25,9 +26,8 @@ def test_overlaps_against_a_loop():
 
 def test_mean_iou_of_known_masks():
     wanted = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]])
-    found = torch.stack(
-        [wanted.where(wanted != 255, 0), torch.zeros(2, 4).long(), torch.tensor([[0, 0, 1, 1], [2, 0, 1, 1]])]
-    )
+    third = torch.tensor([[0, 0, 1, 1], [2, 0, 1, 1]])
+    found = torch.stack([wanted.where(wanted != 255, 0), torch.zeros(2, 4).long(), third])
     c = torch.arange(3).view(1, -1, 1, 1)
     both, either = eval_dense.overlaps(found[:, None] == c, wanted == c, wanted != 255)
     # what is left out counts for nothing; a class that is in neither mask is left out of the mean
@@ -69,71 +69,77 @@ def test_the_demo_masks_are_read_out(tmp_path, capsys):
     assert 0 < result["jaccard"] < 50
 
 
-def test_folders_of_pairs(npz, tmp_path, capsys):
-    dino.main(tiny("--steps", 1, out="d"))
+def save(folder, name, **pixels):
+    """Arrays as images: folder/<key>/<name>.png."""
+    for kind, x in pixels.items():
+        file = Path(folder, kind, f"{name}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x).save(file)
+
+
+def test_folders_of_pairs(capsys):
+    encoder("x.pt")
     rng = np.random.default_rng(0)
     for i in range(12):
         mask = np.zeros((20, 30), dtype=np.uint8)
         mask[5:15, 8:20] = 1 + i % 2
         mask[:2] = 255
-        for folder, x in (
-            ("images", (mask[..., None] * 60 + rng.integers(0, 60, (20, 30, 3))).clip(0, 255)),
-            ("masks", mask),
-        ):
-            (tmp_path / "voc" / folder).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(x.astype(np.uint8)).save(tmp_path / "voc" / folder / f"{i}.png")
-    (tmp_path / "voc/images/3.png").write_bytes(b"broken")
-    result = eval_dense.main(["d/last.pt", "--data", "voc", "--device", "cpu"])["results"]
+        img = (mask[..., None] * 60 + rng.integers(0, 60, (20, 30, 3))).clip(0, 255)
+        save("voc", i, images=img.astype(np.uint8), masks=mask)
+    Path("voc/images/3.png").write_bytes(b"broken")
+    result = eval_dense.main(["x.pt", "--data", "voc", "--device", "cpu"])["results"]
     assert result["classes"] == 3 and result["train"] + result["test"] == 11
     assert "skipped" in capsys.readouterr().err
-    official = eval_dense.main(["d/last.pt", "--train", "voc", "--test", "voc", "--device", "cpu"])["results"]
+    official = eval_dense.main(["x.pt", "--train", "voc", "--test", "voc", "--device", "cpu"])["results"]
     assert official["train"] == official["test"] == 11 and official["jaccard_images"] == 11
     mask = eval_dense.read_mask("voc/masks/0.png", 10)
     assert mask.shape == (10, 15) and set(mask.unique().tolist()) == {0, 1, 255}
 
 
-def test_masks_are_found_by_folder_and_name_and_must_have_the_image_s_shape(tmp_path, capsys):
+def test_masks_are_found_by_folder_and_name_and_must_have_the_image_s_shape(capsys):
     """As in DAVIS, where every sequence begins with 00000."""
+    flat = lambda value, size=(16, 8): np.full(size, value, dtype=np.uint8)
     for i, sequence in enumerate(("bear", "car", "cat")):
-        for kind, value in (("images", 50 * i), ("masks", i)):
-            (tmp_path / "davis" / kind / sequence).mkdir(parents=True)
-            for frame in range(2):
-                size = (8, 16) if (kind, i, frame) == ("masks", 2, 1) else (16, 8)  # one is turned
-                img = Image.fromarray(np.full(size, value, dtype=np.uint8))
-                img.save(tmp_path / "davis" / kind / sequence / f"0000{frame}.png")
+        for frame in range(2):
+            mask = flat(i, (8, 16)) if (i, frame) == (2, 1) else flat(i)  # one is turned
+            save("davis", f"{sequence}/0000{frame}", images=flat(50 * i), masks=mask)
     images, masks = eval_dense.load_pairs("davis", 8, 100)
     found = {(int(x.max()), int(m.max())) for x, m in zip(images, masks, strict=True)}
     assert found == {(0, 0), (50, 1), (100, 2)} and len(masks) == 5
     assert "turned?" in capsys.readouterr().err
 
 
-def test_values_of_masks_are_classes_whatever_they_are(npz, tmp_path):
-    dino.main(tiny("--steps", 1, out="d"))
-    rng = np.random.default_rng(0)
+def test_values_of_masks_are_classes_whatever_they_are():
+    encoder("x.pt")
     for i in range(8):
         mask = np.zeros((16, 16), dtype=np.uint16)
         mask[4:12, 4:12] = (128, 26000)[i % 2]
-        for kind, x in (("images", rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)), ("masks", mask)):
-            (tmp_path / "odd" / kind).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(x).save(tmp_path / "odd" / kind / f"{i}.png")
-    assert eval_dense.main(["d/last.pt", "--data", "odd", "--device", "cpu"])["results"]["classes"] == 3
+        img = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        save("odd", i, images=img, masks=mask)
+    assert eval_dense.main(["x.pt", "--data", "odd", "--device", "cpu"])["results"]["classes"] == 3
 
 
-@pytest.mark.parametrize(
-    "options,message",
-    [
-        ("", "no checkpoint given"),
-        ("nowhere.pt", "no checkpoint at nowhere.pt"),
-        ("d/last.pt --data tiny.npz", "no folder with images/ and masks/"),
-        ("d/last.pt --data empty", "has a mask of the same folder and name"),
-        ("d/last.pt --train voc", "--train and --test: give both"),
-        ("d/last.pt --mass 7", "argument --mass: must be between 0 and 1"),
-        ("d/last.pt --limit 0", "--limit must be 2 or more"),
-    ],
-)
-def test_wrong_input(npz, tmp_path, capsys, options, message):
-    dino.main(tiny("--steps", 1, out="d"))
+@pytest.mark.parametrize("main", [eval_dense.main, analyze.main])
+def test_several_processes_are_refused(main, capsys, monkeypatch):
+    """They would all do the same work and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in fails(main, ["x.pt"], capsys)
+
+
+WRONG = {
+    "": "no checkpoint given",
+    "nowhere.pt": "no checkpoint at nowhere.pt",
+    "x.pt --data tiny.npz": "no folder with images/ and masks/",
+    "x.pt --data empty": "has a mask of the same folder and name",
+    "x.pt --train voc": "--train and --test: give both",
+    "x.pt --mass 7": "argument --mass: must be between 0 and 1",
+    "x.pt --limit 0": "--limit must be 2 or more",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_input(npz, tmp_path, capsys, options):
+    encoder("x.pt")
     for folder in ("images", "masks"):
         (tmp_path / "empty" / folder).mkdir(parents=True)
-    assert message in fails(eval_dense.main, options.split(), capsys)
-    assert vit.Path("d/last.pt").exists()
+    assert WRONG[options] in fails(eval_dense.main, options.split(), capsys)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAIN, fails, tiny
+from conftest import MAIN, encoder, fails, tiny
 from PIL import Image
 
 import draw
@@ -56,11 +56,8 @@ def test_files_that_cannot_be_drawn(npz, capsys):
     assert "text.jpg is not a readable image" in fails(draw.main, ["run/last.pt", "text.jpg"], capsys)
     assert "no checkpoint at nowhere.pt" in fails(draw.main, ["nowhere.pt", picture()], capsys)
     for channels, fits in ((1, True), (5, False)):
-        net = vit.ViT(16, 4, in_chans=channels, **vit.SIZES["test"])
-        config = dict(net.config, mean=[0.5] * channels, std=[0.2] * channels, feature="cls")
-        torch.save(dict(encoder=net.state_dict(), config=config), "bands.pt")
+        encoder("bands.pt", channels)
         if fits:
             assert draw.main(["bands.pt", picture()])
         else:
-            line = fails(draw.main, ["bands.pt", picture()], capsys)
-            assert "an image of 3 channels, but the network takes 5" in line
+            assert "3 channels, but the network takes 5" in fails(draw.main, ["bands.pt", picture()], capsys)

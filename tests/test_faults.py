@@ -9,26 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, checkpoint, command, environment, losses, same, start, tiny
+from conftest import SCRIPT, checkpoint, command, environment, losses, same, spawn, start, tiny, training, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.linux]
 
 
-def streamed(folder, *options, out="run"):
-    """Command and environment of a DINO run whose two workers decode, as if the folder were too large for memory."""
+def streamed(folder, *options, out="run", **more):
+    """A DINO run whose two workers decode, as if the folder were too large for memory."""
     options = tiny("--epochs", 500, "--workers", 2, *options, data=folder, out=out)
-    return command("dino.py", *options, quick=True), environment(IN_MEMORY="0")
-
-
-def wait_for(condition, process, seconds=90):
-    deadline = time.time() + seconds
-    while not condition():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.02)
-
-
-def training(out="run"):
-    return lambda: os.path.exists(f"{out}/log.jsonl") and losses(out)
+    return spawn(command("dino.py", *options, quick=True), environment(IN_MEMORY="0"), **more)
 
 
 def children(pid):
@@ -37,25 +26,27 @@ def children(pid):
     return found + [c for p in found for c in children(p)]
 
 
-@pytest.mark.parametrize("method", SCRIPT)
-def test_kill_9_at_random_moments(method, folder):
-    """Importing, loading, training, saving: wherever it strikes, the run ends with the weights of one left alone."""
-    moments = random.Random(0)
-    options, resumed = ["--epochs", 5000, "--warmup", 1, "--drop-path", 0.1], 0
-    argv, kills = (
-        command(SCRIPT[method], *tiny(*options, data=folder, method=method), quick=True),
-        int(os.environ.get("KILLS", 3)),
-    )
-    for _ in range(kills):
-        with open("out.txt", "w") as out:
-            process = subprocess.Popen(argv, env=environment(), stdout=out, stderr=subprocess.DEVNULL)
+KILLS = int(os.environ.get("KILLS", 3))
+
+
+def kill_at_random_moments(name, argv):
+    """Importing, loading, training, saving: it is killed wherever it happens to be, and started again."""
+    moments, resumed = random.Random(0), 0
+    for _ in range(KILLS):
+        process = spawn(argv)
         time.sleep(moments.uniform(3, 10))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        resumed += "resumes after step" in process.communicate()[0]
         assert process.returncode == -9
-        resumed += "resumes after step" in Path("out.txt").read_text()
-    print(f"{method}: {resumed} of {kills} runs had resumed when they were killed")
-    assert resumed >= kills // 2
+    print(f"{name}: {resumed} of {KILLS} runs had resumed when they were killed")
+    assert resumed >= KILLS // 2
+
+
+@pytest.mark.parametrize("method", SCRIPT)
+def test_kill_9_at_random_moments(method, folder):
+    """The run ends with the weights of one left alone."""
+    options = ["--epochs", 5000, "--warmup", 1, "--drop-path", 0.1]
+    kill_at_random_moments(method, command(SCRIPT[method], *tiny(*options, data=folder, method=method), quick=True))
     last = (checkpoint()["step"] if os.path.exists("run/last.pt") else 0) + 10
     for out in ("run", "straight"):
         done = start(SCRIPT[method], *tiny(*options, "--steps", last, data=folder, method=method, out=out), timeout=900)
@@ -63,40 +54,48 @@ def test_kill_9_at_random_moments(method, folder):
     assert same(checkpoint("straight"), checkpoint()) == []
 
 
+def test_kill_9_while_fine_tuning(npz):
+    start("dino.py", *tiny("--steps", 1))
+    options = ["run/last.pt", "--finetune", "--epochs", 300 * KILLS, "--batch", 16, "--device", "cpu", "--out"]
+    kill_at_random_moments("fine-tuning", command("eval_linear.py", *options, "killed", quick=True))
+    for out in ("killed", "straight"):
+        done = start("eval_linear.py", *options, out, timeout=9000)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert same(checkpoint("straight"), checkpoint("killed")) == []
+
+
 def test_killed_while_it_decodes_with_workers(folder):
-    argv, env = streamed(folder, "--drop-path", 0.1)
-    process = subprocess.Popen(argv, env=env, stderr=subprocess.DEVNULL)
-    wait_for(lambda: os.path.exists("run/last.pt"), process)
+    process = streamed(folder, "--drop-path", 0.1)
+    wait_for(process, lambda: os.path.exists("run/last.pt"))
     process.kill()
     process.wait()
     last = checkpoint()["step"] + 5
     for out in ("run", "straight"):
-        argv, env = streamed(folder, "--drop-path", 0.1, "--steps", last, out=out)
-        subprocess.run(argv, env=env, check=True)
+        process = streamed(folder, "--drop-path", 0.1, "--steps", last, out=out)
+        assert process.communicate(timeout=300)[0] and process.returncode == 0
     assert same(checkpoint("straight"), checkpoint()) == []
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_message(folder):
-    argv, env = streamed(folder)
-    process = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
-    wait_for(training(), process)
+    process = streamed(folder)
+    wait_for(process)
     for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)
-    text = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "worker" in text and "--workers" in text.splitlines()[-1], text[-2000:]
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "a process that decodes images died" in text and "--workers" in text, text[
+        -2000:
+    ]
 
 
 def test_one_of_two_processes_dies(npz):
-    argv = command("dino.py", *tiny("--epochs", 500), processes=2)
-    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(training(), process)
-    ranks = [pid for pid in children(process.pid) if b"dino.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    process = spawn(command("dino.py", *tiny("--epochs", 500), processes=2))
+    wait_for(process)
+    trains = lambda pid: (file := Path(f"/proc/{pid}/cmdline")).exists() and b"dino.py" in file.read_bytes()
+    ranks = [pid for pid in children(process.pid) if trains(pid)]
     os.kill(ranks[-1], signal.SIGKILL)
     text = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "SIGKILL" in text
-    assert not any(
-        Path(f"/proc/{pid}/cmdline").exists() and b"dino" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in ranks
-    )
+    assert not any(map(trains, ranks))
 
 
 @pytest.mark.parametrize("method", SCRIPT)
@@ -107,15 +106,14 @@ def test_memory_is_flat_in_the_length_of_the_run(method, npz):
     arenas fill in jumps of up to 2 % until k-NN and the curve have run a few times.
     """
     steps = int(os.environ.get("SOAK", 400))
-    argv = command(SCRIPT[method], *tiny("--epochs", 500, "--steps", steps, method=method))
-    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    seen = {}
+    options, seen = tiny("--epochs", 500, "--steps", steps, method=method), {}
+    process = spawn(command(SCRIPT[method], *options), stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        if training()() and (step := max(losses())) not in seen:
+        if training() and (step := max(losses())) not in seen:
             status = Path(f"/proc/{process.pid}/status").read_text()
             seen[step] = next((int(s.split()[1]) for s in status.splitlines() if s.startswith("VmRSS")), None)
         time.sleep(0.05)
-    assert process.returncode == 0, process.stderr.read()[-2000:]
+    assert process.returncode == 0
     inside = lambda low, high: statistics.median(v for k, v in seen.items() if v and low * steps < k <= high * steps)
     print(method, {s: v and v // 1024 for s, v in seen.items()})
     assert inside(0.9, 1) < 1.03 * inside(0.25, 0.35), seen
@@ -123,11 +121,8 @@ def test_memory_is_flat_in_the_length_of_the_run(method, npz):
 
 def test_a_scheduler_that_stops_all_processes_at_once(folder):
     """SIGTERM to the whole group, workers too: the run saves and leaves."""
-    argv, env = streamed(
-        folder,
-    )
-    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(training(), process)
+    process = streamed(folder, start_new_session=True)
+    wait_for(process)
     os.killpg(process.pid, signal.SIGTERM)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM and "run the same command again to resume" in text

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import close
 
 import dino
 import mae_pcae
@@ -32,10 +33,10 @@ def test_vit():
     net = vit.ViT(size, patch, 3, dim, depth, heads).eval()
     net.load_state_dict(weights)  # strict: the authors' names are ours
     with torch.no_grad():
-        torch.testing.assert_close(net(z["x"])[:, 0], z["cls"], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(net.cls(z["x"]), z["cls"], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(torch.stack(net.layers(z["x"])), z["layers"], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(net.attention(z["x"]), z["last_attention"], rtol=1e-5, atol=1e-5)
+        close(net(z["x"])[:, 0], z["cls"])
+        close(net.cls(z["x"]), z["cls"])
+        close(torch.stack(net.layers(z["x"])), z["layers"])
+        close(net.attention(z["x"]), z["last_attention"])
 
 
 def test_dino_head():
@@ -43,7 +44,7 @@ def test_dino_head():
     weights["prototypes"], weights["length"] = weights.pop("last_layer.weight_v"), weights.pop("last_layer.weight_g")
     head = dino.DINOHead(z["z"].shape[1], 64, hidden=64, bottleneck=32)
     head.load_state_dict(weights)
-    torch.testing.assert_close(head(z["z"]), z["logits"], rtol=1e-5, atol=1e-5)
+    close(head(z["z"]), z["logits"])
 
 
 def test_dino_loss_and_center_over_five_steps():
@@ -56,10 +57,10 @@ def test_dino_loss_and_center_over_five_steps():
             student.unflatten(0, (views, -1)), teacher, center, student_temp=float(z["student_temp"]), teacher_temp=temp
         )
         loss.backward()
-        torch.testing.assert_close(loss, z["loss"][i], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(student.grad, z["student_grad"][i], rtol=1e-4, atol=1e-6)
+        close(loss, z["loss"][i])
+        close(student.grad, z["student_grad"][i], rtol=1e-4, atol=1e-6)
         center.lerp_(teacher.mean((0, 1)), 1 - float(z["center_momentum"]))
-        torch.testing.assert_close(center, z["center_after"][i, 0], rtol=1e-5, atol=1e-5)
+        close(center, z["center_after"][i, 0])
 
 
 @pytest.mark.parametrize("name", ["lr", "wd", "momentum"])
@@ -103,16 +104,16 @@ def test_mae(norm_pix):
     mask = torch.ones_like(z["mask"]).scatter(1, visible, 0.0)
     assert torch.equal(mask, z["mask"])
     latent = net.vit(z["x"], visible)
-    torch.testing.assert_close(latent, z["latent"], rtol=1e-5, atol=1e-5)
+    close(latent, z["latent"])
     everywhere = torch.cat([visible, hidden], dim=1)  # the decoder's output at every patch, put back in order
     pred = vit.gather_tokens(decode_all(net, latent, visible, hidden), everywhere.argsort(dim=1))
-    torch.testing.assert_close(pred, z["pred"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mae_pcae.patchify(z["x"], net.patch), z["patches"], rtol=0, atol=0)
+    close(pred, z["pred"])
+    close(mae_pcae.patchify(z["x"], net.patch), z["patches"], rtol=0, atol=0)
     loss, _, _ = net(z["x"], z["noise"])
-    torch.testing.assert_close(loss, z[f"loss_norm{norm_pix}"], rtol=1e-5, atol=1e-5)
+    close(loss, z[f"loss_norm{norm_pix}"])
     loss.backward()
     grad = net.vit.patch_embed["proj"].weight.grad
-    torch.testing.assert_close(grad, z[f"grad_patch_embed_norm{norm_pix}"], rtol=1e-4, atol=1e-6)
+    close(grad, z[f"grad_patch_embed_norm{norm_pix}"], rtol=1e-4, atol=1e-6)
 
 
 def decode_all(net, latent, visible, hidden):
@@ -152,17 +153,13 @@ def test_pcae():
     latent, left = net.compress(z["x"], hidden)
     order, theirs = left[-1].argsort(dim=1), z["teacher_kept_case0"].argsort(dim=1)
     for ours, name in ((latent, "teacher_latent"), (mae_pcae.standardise(latent), "target")):
-        torch.testing.assert_close(
-            vit.gather_tokens(ours, order), vit.gather_tokens(z[name], theirs), rtol=1e-5, atol=1e-5
-        )
+        close(vit.gather_tokens(ours, order), vit.gather_tokens(z[name], theirs))
     pred = net.decode(net.vit(z["x"], visible), visible, left[-1])
-    torch.testing.assert_close(
-        vit.gather_tokens(pred, order), vit.gather_tokens(z["pred"], theirs), rtol=1e-5, atol=1e-5
-    )
+    close(vit.gather_tokens(pred, order), vit.gather_tokens(z["pred"], theirs))
     loss, _, _ = net(z["x"], z["noise"])
-    torch.testing.assert_close(loss, z["loss"], rtol=1e-5, atol=1e-5)
+    close(loss, z["loss"])
     loss.backward()
-    torch.testing.assert_close(net.vit.patch_embed["proj"].weight.grad, z["grad_patch_embed"], rtol=1e-4, atol=1e-6)
+    close(net.vit.patch_embed["proj"].weight.grad, z["grad_patch_embed"], rtol=1e-4, atol=1e-6)
     assert all(p.grad is None for p in net.teacher.parameters())
 
 
@@ -202,7 +199,7 @@ def siameseim_boxes(z):
 def test_siameseim_relative_positions():
     z = golden("siameseim")[0]
     found = siameseim.relative_positions(*siameseim_boxes(z), (4, 4), z["relative_pos_embed"].shape[-1] // 2)
-    torch.testing.assert_close(found, z["relative_pos_embed"], rtol=1e-5, atol=2e-5)
+    close(found, z["relative_pos_embed"], atol=2e-5)
 
 
 def test_siameseim_loss():
@@ -210,25 +207,25 @@ def test_siameseim_loss():
     pred = z["loss_pred"].requires_grad_()
     target = torch.nn.functional.layer_norm(z["loss_target"], z["loss_target"].shape[-1:])  # theirs does so in the loss
     loss, _ = siameseim.siameseim_loss(pred, target, siameseim.correlation(target), float(z["neg_weight"]))
-    torch.testing.assert_close(loss, z["loss_value"], rtol=1e-5, atol=1e-6)
+    close(loss, z["loss_value"], atol=1e-6)
     loss.backward()
-    torch.testing.assert_close(pred.grad, z["loss_pred_grad"], rtol=1e-4, atol=1e-8)
+    close(pred.grad, z["loss_pred_grad"], rtol=1e-4, atol=1e-8)
 
 
 def test_siameseim_step():
     z = golden("siameseim")[0]
     net = siameseim_net(z)
     vit.ema_update(net.target, net.online, torch.tensor(1 - float(z["momentum"])))
-    torch.testing.assert_close(net.target.vit.blocks[0].attn.qkv.weight.data, z["mm_qkv0_after"], rtol=1e-5, atol=1e-6)
+    close(net.target.vit.blocks[0].attn.qkv.weight.data, z["mm_qkv0_after"], atol=1e-6)
     target = net.targets(z["x2"])
     visible = z["mask"].argsort(dim=1, stable=True)[:, : int((z["mask"][0] == 0).sum())]
     box, flip, side = siameseim_boxes(z)
     pred = net(z["x1"], visible, box, flip, side)
     loss, _ = siameseim.siameseim_loss(pred, target, siameseim.correlation(target), float(z["neg_weight"]))
-    torch.testing.assert_close(loss, z["loss"], rtol=1e-5, atol=1e-5)
+    close(loss, z["loss"])
     loss.backward()
     for ours, theirs in (
         (net.mask_token.grad, z["grad_mask_token"]),
         (net.online.vit.blocks[0].attn.qkv.weight.grad, z["grad_block0_qkv"]),
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+        close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))

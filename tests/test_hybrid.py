@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fails, log, network, step_once, tiny
+from conftest import close, fails, log, network, step_once, tiny
 from PIL import Image
 
 import dino
@@ -36,17 +36,17 @@ def step(weight, method="hybrid", norms=False):
 def test_its_ends_are_mae_and_dino(npz, weight):
     """The same losses, to 1e-6, as those two scripts' own train_step finds on the same inputs."""
     ours, theirs = step(weight, norms=True), step(weight, "dino" if weight else "mae")
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ours[0], ours[2 if weight else 1], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ours[4], theirs[3], rtol=1e-5, atol=1e-6)  # the gradient's norm
+    close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
+    close(ours[0], ours[2 if weight else 1], rtol=1e-6, atol=1e-6)
+    close(ours[4], theirs[3], atol=1e-6)  # the gradient's norm
     assert ours[5 + int(weight == 0)] == 0 and ours[5 + int(weight == 1)] > 0  # the other part does not pull
 
 
 def test_the_loss_and_both_pulls_are_weighted(npz):
     half, ends = step(0.3, norms=True), (step(0.0, norms=True), step(1.0, norms=True))
-    torch.testing.assert_close(half[0], 0.7 * ends[0][0] + 0.3 * ends[1][0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(half[5], 0.7 * ends[0][5], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(half[6], 0.3 * ends[1][6], rtol=1e-4, atol=1e-6)
+    close(half[0], 0.7 * ends[0][0] + 0.3 * ends[1][0], atol=1e-6)
+    close(half[5], 0.7 * ends[0][5], rtol=1e-4, atol=1e-6)
+    close(half[6], 0.3 * ends[1][6], rtol=1e-4, atol=1e-6)
     assert torch.equal(step(0.3)[:5], half[:5])
 
 

@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, fails, log, pictures, same, start, tensors, tiny
+from conftest import checkpoint, close, fails, log, pictures, same, start, tensors, tiny
 from torch import nn
 
 import dino
 import eval_linear
 import mae_pcae
 import vit
-
-close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_heads_side_by_side_equal_heads_alone():
@@ -72,9 +70,8 @@ def test_without_dropping_it_is_the_encoder_and_a_linear_layer(feature):
 
 def test_layer_decay():
     net = eval_linear.Classifier(vit.ViT(16, 4, **vit.SIZES["test"]), 5, "cls")
-    factor = {
-        id(p): (g["factor"], g["weight_decay"]) for g in eval_linear.layer_groups(net, 0.5, 0.1) for p in g["params"]
-    }
+    groups = eval_linear.layer_groups(net, 0.5, 0.1)
+    factor = {id(p): (g["factor"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert factor[id(net.head.weight)] == (1.0, 0.1) and factor[id(net.head.bias)] == (1.0, 0.0)
     assert factor[id(net.vit.norm.weight)] == (1.0, 0.0)
     assert factor[id(net.vit.blocks[1].mlp.fc1.weight)] == (0.5, 0.1)
@@ -140,12 +137,10 @@ def test_a_rate_at_the_end_of_the_grid_is_named(run, capsys):
     assert "is the first or the last: try a wider range" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "options", [["--epochs", "10", "--out", "probe"], ["--epochs", "4", "--finetune", "--out", "probe"]]
-)
+@pytest.mark.parametrize("options", ["--epochs 10", "--epochs 4 --finetune"])
 def test_what_was_trained_is_saved_and_applied_to_another_set(run, options, capsys):
     """By the names of classes: on a set of two of the three, in another order, only these can be predicted."""
-    found = eval_linear.main([*run, *options])["results"]
+    found = eval_linear.main([*run, *options.split(), "--out", "probe"])["results"]
     apply = lambda *more: eval_linear.main(["probe/classifier.pt", "--device", "cpu", "--precision", "fp32", *more])
     same = apply()
     assert same["task"] == "classifier"
@@ -155,9 +150,8 @@ def test_what_was_trained_is_saved_and_applied_to_another_set(run, options, caps
     two = apply("--data", "two.npz")["results"]
     assert two["classes"] == 2 and two["test"] == (y > 0).sum()  # all of them: none is for training
     np.savez("new.npz", images=a, labels=b + 5)
-    assert "classes that were not trained: 5, 6" in fails(
-        eval_linear.main, ["probe/classifier.pt", "--data", "new.npz", "--device", "cpu"], capsys
-    )
+    argv = ["probe/classifier.pt", "--data", "new.npz", "--device", "cpu"]
+    assert "classes that were not trained: 5, 6" in fails(eval_linear.main, argv, capsys)
 
 
 @pytest.mark.parametrize("feature,norm", [("mean", "layer"), ("cls", "none")])
@@ -227,12 +221,10 @@ def test_dropping_tokens_costs_less(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [["--epochs", "3"], ["--epochs", "2", "--augment"], ["--finetune", "--epochs", "2", "--drop-path", "0"]]
-)
+@pytest.mark.parametrize("options", ["--epochs 3", "--epochs 2 --augment", "--finetune --epochs 2 --drop-path 0"])
 def test_two_processes_give_the_same(run, options):
     out = lambda n: ["--out", ("one", "two")[n - 1]]
-    one, two = (start("eval_linear.py", *run, *options, *out(n), processes=n) for n in (1, 2))
+    one, two = (start("eval_linear.py", *run, *options.split(), *out(n), processes=n) for n in (1, 2))
     assert one.returncode == two.returncode == 0, two.stderr
     a, b = (json.loads(p.stdout.splitlines()[-1]) for p in (one, two))
     key = "finetuned" if "--finetune" in options else "linear"
@@ -241,28 +233,28 @@ def test_two_processes_give_the_same(run, options):
         one, two = (tensors(checkpoint(out)["net"]) for out in ("one", "two"))
         for k, v in one.items():
             if not k.endswith("qkv.bias"):
-                torch.testing.assert_close(v, two[k], rtol=1e-4, atol=1e-5, msg=k)
+                close(v, two[k], rtol=1e-4, atol=1e-5, msg=k)
 
 
-@pytest.mark.parametrize(
-    "options,message",
-    [
-        ([], "no checkpoint given"),
-        (["nowhere.pt"], "no checkpoint at nowhere.pt"),
-        (["run/last.pt", "--scratch"], "for --finetune only"),
-        (["run/last.pt", "--labels", "0"], "--labels must be above 0"),
-        (["run/last.pt", "--lr", "9"], "--lr: for --finetune only"),
-        (["run/last.pt", "--finetune", "--layers", "2", "--augment"], "--layers, --augment: for the probe only"),
-        (["run/last.pt", "--finetune", "--drop-path", "1"], "--drop-path and --smoothing below 1"),
-        (["run/last.pt", "--finetune", "--seed", "-1"], "--seed and --mixup must be 0 or more"),
-        (["run/last.pt", "--finetune", "--batch", "1"], "--batch 1 of 64 training images is too few"),
-        (["run/last.pt", "--finetune", "--lr", "1e5", "--epochs", "3"], "lower --lr"),
-        (["run/last.pt", "--batch", "1"], "BatchNorm needs two in a batch"),
-        (["run/last.pt", "--rates", "-1"], "--rates must be above 0"),
-        (["run/last.pt", "--augment", "--crop-scale", "5", "9"], "--crop-scale two shares of the image"),
-        (["run/last.pt", "--layers", "9"], "this encoder has 2 blocks"),
-        (["run/last.pt", "--data", "nowhere"], "no such .npz file or folder"),
-    ],
-)
-def test_wrong_input(run, capsys, options, message):
-    assert message in fails(eval_linear.main, options, capsys)
+WRONG = {
+    "": "no checkpoint given",
+    "nowhere.pt": "no checkpoint at nowhere.pt",
+    "run/last.pt --scratch": "for --finetune only",
+    "run/last.pt --labels 0": "--labels must be above 0",
+    "run/last.pt --lr 9": "--lr: for --finetune only",
+    "run/last.pt --finetune --layers 2 --augment": "--layers, --augment: for the probe only",
+    "run/last.pt --finetune --drop-path 1": "--drop-path and --smoothing below 1",
+    "run/last.pt --finetune --seed -1": "--seed and --mixup must be 0 or more",
+    "run/last.pt --finetune --batch 1": "--batch 1 of 64 training images is too few",
+    "run/last.pt --finetune --lr 1e5 --epochs 3": "lower --lr",
+    "run/last.pt --batch 1": "BatchNorm needs two in a batch",
+    "run/last.pt --rates -1": "--rates must be above 0",
+    "run/last.pt --augment --crop-scale 5 9": "--crop-scale two shares of the image",
+    "run/last.pt --layers 9": "this encoder has 2 blocks",
+    "run/last.pt --data nowhere": "no such .npz file or folder",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_input(run, capsys, options):
+    assert WRONG[options] in fails(eval_linear.main, options.split(), capsys)

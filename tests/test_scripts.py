@@ -11,7 +11,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import MAIN, ROOT
+from conftest import MAIN, ROOT, encoder
 from PIL import Image
 
 import dino
@@ -27,12 +27,10 @@ def top_level(file):
 
 def depth(node, level=0):
     inner = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.FunctionDef, ast.ClassDef)
-    branch = (
-        node.orelse if isinstance(node, ast.If) and len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If) else []
-    )
-    return max(
-        [level] + [depth(c, level + (isinstance(c, inner) and c not in branch)) for c in ast.iter_child_nodes(node)]
-    )
+    rest = getattr(node, "orelse", [])
+    elif_ = rest if isinstance(node, ast.If) and len(rest) == 1 and isinstance(rest[0], ast.If) else []
+    deeper = lambda child: isinstance(child, inner) and child not in elif_
+    return max([level, *(depth(child, level + deeper(child)) for child in ast.iter_child_nodes(node))])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
@@ -45,8 +43,7 @@ def test_files_stay_readable(file):
 
 @pytest.mark.parametrize("file", METHODS, ids=lambda f: f.name)
 def test_a_method_imports_vit_alone(file):
-    imports = {n.module for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)}
-    imports |= {a.name for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Import) for a in n.names}
+    imports = set(re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.M))
     assert imports & {f.stem for f in FILES} == {"vit"}
 
 
@@ -57,13 +54,8 @@ def section(number):
 def run_alone(*code):
     """Runs code with the imports that the docstring of vit.py names, and nothing else of ours."""
     scope = {"__name__": "copied"}
-    imports = (
-        "import math, torch",
-        "import torch.nn.functional as F",
-        "from einops import rearrange",
-        "from torch import nn",
-    )
-    exec("\n".join(imports + code), scope)
+    imports = "import math, torch; import torch.nn.functional as F; from einops import rearrange; from torch import nn"
+    exec("\n".join([imports, *code]), scope)
     return scope
 
 
@@ -87,32 +79,23 @@ def test_dino_s_views_head_and_loss_can_be_copied_alone():
     how = (4, 2, 16, (8, 8), (0.4, 1.0), [1.0, 0.1], [0.0, 0.2], 1.0)
     generator = lambda: torch.Generator().manual_seed(3)
     imgs = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    found = [
-        m["augment"](imgs, m["sample_views"](*how, generator()), (8, 8), 0.1, 0.5, 0.2) for m in (views, vars(dino))
-    ]
-    assert torch.equal(*found)
+    crops = lambda m: m["augment"](imgs, m["sample_views"](*how, generator()), (8, 8), 0.1, 0.5, 0.2)
+    assert torch.equal(crops(views), crops(vars(dino)))
     alone = run_alone(*map(inspect.getsource, (dino.DINOHead, dino.dino_loss)))
     torch.manual_seed(0)
     out = alone["DINOHead"](8, 16)(torch.randn(10, 8)).unflatten(0, (5, 2))
-    assert torch.equal(
-        alone["dino_loss"](out, out[:2], torch.zeros(16))[0], dino.dino_loss(out, out[:2], torch.zeros(16))[0]
-    )
+    loss = lambda m: m["dino_loss"](out, out[:2], torch.zeros(16))[0]
+    assert torch.equal(loss(alone), loss(vars(dino)))
 
 
 def commands(text):
-    return [
-        line.strip().split("  #")[0]
-        for line in text.splitlines()
-        if re.match(r"\s*(python|torchrun \S+) \w+\.py", line)
-    ]
+    return [line.split("  #")[0] for line in re.findall(r"^ *((?:python|torchrun \S+) \w+\.py.*)", text, re.M)]
 
 
 def understood(command, npz):
     """Raises SystemExit where a script does not know an option of a command."""
     words = shlex.split(command.split(";")[-1])
     script = next(w for w in words if w.endswith(".py"))
-    if "/" in script:
-        return
     if "--help" in words:
         return
     argv = [npz if w in ("photos/", "imagenet/") else w for w in words[words.index(script) + 1 :]]
@@ -140,11 +123,9 @@ def test_commands_in_the_readme_are_understood(npz):
 
 def test_the_snippet_in_the_readme_runs():
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    net = vit.ViT(32, 4, **vit.SIZES["test"])
-    config = dict(net.config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls")
     for folder in ("runs/dino-demo", "examples"):
         os.makedirs(folder)
-    torch.save(dict(encoder=net.state_dict(), config=config), "runs/dino-demo/last.pt")
+    encoder("runs/dino-demo/last.pt")
     Image.radial_gradient("L").save("examples/picture.jpg")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

@@ -4,14 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import fails, log, network, step_once, tiny
+from conftest import close, fails, log, network, step_once, tiny
 from PIL import Image
 from torch import nn
 
 import siameseim
 import vit
-
-close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("blocks", [True, False])
@@ -68,9 +66,7 @@ def test_positions_agree_with_the_crops():
     for coordinate, place in ((0, rows.view(-1, 8, 8)[:, :, 0]), (1, columns.view(-1, 8, 8)[:, 0])):
         line = lambda v, c=coordinate: v[:, c].mean(dim=2 - c)  # along rows, or along columns
         start, step = line(a)[:, 2:3], (line(a)[:, 5:6] - line(a)[:, 2:3]) / 3
-        torch.testing.assert_close(
-            (start + (place - 2) * step).float()[:, 2:6], line(b)[:, 2:6], rtol=0, atol=4e-3
-        )  # a quarter of a pixel
+        close((start + (place - 2) * step).float()[:, 2:6], line(b)[:, 2:6], rtol=0, atol=4e-3)  # a quarter of a pixel
 
 
 def test_loss_against_loops():
@@ -99,7 +95,7 @@ def test_what_learns_and_what_does_not(npz):
     draws = {k: v[:4] for k, v in draws.items()}
     z = net.targets(x)
     close(z.mean(-1), torch.zeros(4, 16))
-    torch.testing.assert_close(z.var(-1, correction=0), torch.ones(4, 16), rtol=0, atol=1e-3)
+    close(z.var(-1, correction=0), torch.ones(4, 16), rtol=0, atol=1e-3)
     visible = siameseim.visible_patches(draws, net.grid, 0.6)
     pred = net(x, visible, draws["box"], draws["flip"], 16)
     assert pred.shape == z.shape and visible.shape == (4, 16 - round(0.6 * 16))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision.transforms.v2.functional as T
+from conftest import close
 from torchvision.transforms import InterpolationMode
 
 import dino
@@ -21,7 +22,7 @@ def test_crop_resize(size, flip):
     ours = vit.crop_resize(imgs, box[:, None].float(), torch.full((6, 1), flip), size)
     for i, (y, x, h, w) in enumerate(box.tolist()):
         theirs = T.resized_crop(imgs[i], y, x, h, w, list(size), InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-        torch.testing.assert_close(ours[i], T.horizontal_flip(theirs) if flip else theirs, rtol=0, atol=1e-4)
+        close(ours[i], T.horizontal_flip(theirs) if flip else theirs, rtol=0, atol=1e-4)
 
 
 def test_crop_resize_orders_views_before_images():
@@ -29,7 +30,7 @@ def test_crop_resize_orders_views_before_images():
     ours = vit.crop_resize(imgs, box.expand(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool), (8, 8)).unflatten(0, (3, 2))
     for v in range(3):
         alone = vit.crop_resize(imgs, box[v].expand(2, 1, 4), torch.zeros(2, 1, dtype=torch.bool), (8, 8))
-        torch.testing.assert_close(ours[v], alone, rtol=0, atol=1e-6)
+        close(ours[v], alone, rtol=0, atol=1e-6)
 
 
 def each(op, x, values):
@@ -59,18 +60,18 @@ def test_color_operations(name):
             vit.gaussian_blur(x, sigma, 6),
             each(lambda i, s: T.gaussian_blur(i, [13, 13], [s, s]), x, sigma),
         )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    close(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_hue_of_grey_and_pure_colours():
     x = torch.tensor([[0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]]).view(6, 3, 1, 1)
     shift = torch.full((6, 1, 1, 1), 1 / 3)
-    torch.testing.assert_close(vit.shift_hue(x, shift), each(T.adjust_hue, x, shift.flatten()), rtol=0, atol=1e-4)
+    close(vit.shift_hue(x, shift), each(T.adjust_hue, x, shift.flatten()), rtol=0, atol=1e-4)
 
 
 def test_no_blur_is_exact():
     x = images()
-    torch.testing.assert_close(vit.gaussian_blur(x, torch.zeros(6), 6), x, rtol=0, atol=1e-6)
+    close(vit.gaussian_blur(x, torch.zeros(6), 6), x, rtol=0, atol=1e-6)
 
 
 def test_boxes_follow_random_resized_crop():
@@ -117,7 +118,7 @@ def test_color_0_leaves_colours_alone():
     d, imgs = draws(0.0, 6), (images(side=32) * 255).byte()
     d["sigma"].zero_()
     plain = vit.crop_resize(imgs.float() / 255, d["box"], d["flip"], (24, 24))
-    torch.testing.assert_close(dino.augment(imgs, d, (24, 24), 0.1, 0.0, 1.0), plain, rtol=0, atol=1e-5)
+    close(dino.augment(imgs, d, (24, 24), 0.1, 0.0, 1.0), plain, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
