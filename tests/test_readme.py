@@ -35,9 +35,8 @@ def test_every_command_of_the_readme_runs():
             line += f" {QUICK}" + (" --img-size 32 --local-size 16" if "examples" in line else "")
         if "--finetune" in line:
             line = line.replace("--epochs 10", "--epochs 1 --labels 0.1")
-        line = line.replace("analyze.py", "analyze.py --quick").replace(
-            "bench.py", "bench.py --steps 1 --turns 1 --batch 4"
-        )
+        line = line.replace("analyze.py", "analyze.py --quick")
+        line = line.replace("bench.py", "bench.py --steps 1 --turns 1 --batch 4")
         done = subprocess.run(line, shell=True, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
         if line.startswith(("python eval", "python analyze")):
@@ -55,24 +54,10 @@ def test_every_file_that_the_readme_names_is_there():
 
 
 def test_reproduce_resumes_where_it_was_cut(npz):
-    options = ["--only", "mae siameseim", "--data", npz, "--out", "out", "--minutes", "0.01", "--finetune-epochs", "1"]
-    argv = [
-        "bash",
-        ROOT / "reproduce.sh",
-        *options,
-        "--seeds",
-        "2",
-        "--",
-        "--size",
-        "test",
-        "--patch",
-        "4",
-        "--batch",
-        "8",
-    ]
-    run = lambda: subprocess.run(
-        [*argv, "--decoder-dim", "24"], env=environment(), capture_output=True, text=True, timeout=900
-    )
+    options = f"--cpu --data {npz} --out out --seeds 2 --minutes 0.01 --finetune-epochs 1 --only".split()
+    small = "-- --size test --patch 4 --batch 8 --decoder-dim 24"
+    argv = ["bash", ROOT / "reproduce.sh", *options, "mae siameseim", *small.split()]
+    run = lambda: subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=900)
     first = run()
     assert first.returncode == 0, first.stderr[-2000:]
     table = Path("out/table.md").read_text()
