@@ -353,14 +353,13 @@ def curves(found):
     return out
 
 
-def draw_sheet(models, file, patch, grid):
-    """One picture: a panel for each measure, a line for each model. Grey: uniform attention, attention to itself.
+def draw_sheet(models, lines, file, patch, grid):
+    """A panel for each measure, a line for each model, from curves(). Grey: uniform attention, attention to itself.
 
     A colour for each method, a dash for each of its models, so that seeds are seen as one.
     """
     from matplotlib.figure import Figure
 
-    lines = {name: curves(m["found"]) for name, m in models.items()}
     methods, styles = [m["method"] for m in models.values()], {}
     for i, name in enumerate(models):
         color, dash = list(dict.fromkeys(methods)).index(methods[i]), methods[:i].count(methods[i]) % 4
@@ -483,11 +482,11 @@ def main(argv=None):
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    draw_sheet(models, out / "analysis.png", vit.patch, vit.grid)
+    tables = {name: curves(m["found"]) for name, m in models.items()}
+    draw_sheet(models, tables, out / "analysis.png", vit.patch, vit.grid)
     encoders = dict(zip(models, ((v, c) for *_, v, c in loaded), strict=True))
     sample = sets["test"].subset(3)
     draw_queries(encoders, next(stream(sample, in_order(sample, 3), device, 0)), out / "queries.png")
-    tables = {name: curves(m["found"]) for name, m in models.items()}
     cell = lambda name, text: f"{text:>{max(10, len(name) + 2)}}"
     line = lambda title, cells: print(f"  {title:40}" + "".join(cell(*c) for c in cells.items()))
     line("last block, or highest band", {name: name for name in models})

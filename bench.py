@@ -2,12 +2,10 @@
 
     python bench.py                                       # DINO's step at 32 px, in the default precision and in fp32
     python bench.py --rows mae pcae "pcae --mask-ratio 0.85" --size base --patch 16 --img-size 224 --batch 8
-    python bench.py --rows dino "dino --batch 16" "dino --prototypes 65536" "dino --img-size 64"     # how cost grows
     python bench.py --rows dino mae pcae siameseim hybrid --batch 1024 --compile     # on a GPU
 
-A row is a method (dino, mae, pcae, siameseim, hybrid) with options of its script. Options that bench.py itself does not
-have go to every row (--size, --batch, --compile, ...); without them preset 32 and batch 64. tools/against.py times the
-authors' code beside ours in the same way.
+A row is a method (dino, mae, pcae, siameseim, hybrid) with options of its script. Options that bench.py does not have
+go to every row; without them preset 32 and batch 64. tools/against.py times the authors' code beside ours.
 
 Each row runs in processes of its own, in turn (A B A B ...), so that a machine that slows down slows all alike; a row's
 images/s is the median over all steps of all its turns. A step is the script's own train_step on decoded uint8 images as
@@ -79,9 +77,9 @@ def our_step(args, device):
 
 
 @contextlib.contextmanager
-def clocked(parts, spent, wait):
-    """Adds to `spent` the seconds of each phase of our_step, by wrapping the functions that do it."""
-    script, net, inside = parts["script"], parts["net"], []
+def clocked(parts, wait):
+    """A dict of the seconds spent in each phase of our_step, measured by wrapping the functions that do it."""
+    script, net, inside, spent = parts["script"], parts["net"], [], {}
     augment = [(script, "sample_step"), *((part, "augment") for part in (net, getattr(net, "mae", net)))]
     optimiser = [(script, "average_and_clip"), (parts["optimizer"], "step")]
     ema = [(module, "ema_update") for module in (script, mae_pcae) if hasattr(module, "ema_update")]
@@ -106,7 +104,7 @@ def clocked(parts, spent, wait):
             spent[phase] = 0.0
             for owner, name in places:
                 stack.enter_context(mock.patch.object(owner, name, timed(phase, getattr(owner, name))))
-        yield
+        yield spent
 
 
 def ceiling(device, dtype, wait):
@@ -146,8 +144,7 @@ def measure(run, steps, build):
     result = dict(times=timed(steps + 2)[0][2:], precision=run.precision, device=device.type, batch=run.batch)
     result["memory"] = peak_memory(device) - (before if device.type != "cuda" else 0)
     if parts:
-        spent = {}
-        with clocked(parts, spent, wait):
+        with clocked(parts, wait) as spent:
             times, waits = timed(steps)
         spent["data"] = sum(waits)
         spent["forward"] = sum(times) - sum(spent.values())

@@ -310,7 +310,9 @@ def draw_attention(vit, x, mean, std, file):
     heat = torch.cat([(3 * heat - k).clamp(0, 1) for k in range(3)], dim=2)  # black, red, yellow, white
     img = (x * std + mean)[:, None]
     masked = img * (0.15 + 0.85 * zoom(grid(attention_mask(maps))))
-    save_grid([x * std + mean, *heat.unbind(1), *masked.unbind(1)], file)
+    columns = {f"head {i}": h for i, h in enumerate(heat.unbind(1), 1)}
+    columns |= {f"head {i}: 60 %": m for i, m in enumerate(masked.unbind(1), 1)}
+    save_grid(dict(image=x * std + mean) | columns, file)
 
 
 @cli

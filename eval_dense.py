@@ -87,8 +87,7 @@ def read_mask(file, side):
         if img.mode not in ("P", "L", "1", "I", "I;16"):
             raise InputError(f"{file} has mode {img.mode}: a mask is a palette or grey image")
         mask = torch.from_numpy(np.asarray(img).astype(np.int64))
-        h, w = mask.shape
-        size = (side, max(side, round(w * side / h))) if h <= w else (max(side, round(h * side / w)), side)
+        size = [max(side, round(s * side / min(mask.shape))) for s in mask.shape]
         return F.interpolate(mask[None, None].double(), size=size, mode="nearest-exact")[0, 0].long()
 
 
@@ -107,8 +106,7 @@ def load_splits(args, side):
     values = torch.cat([torch.zeros(1).long(), *(m.unique() for _, m in pairs)]).unique()
     values = values[values != 255]
     if not 1 < len(values) <= 255:
-        found = f"{len(values)} classes besides 255 (left out)"
-        raise InputError(f"--data {args.data or args.train}: the masks have {found}; 2 to 255 are needed, 0 among them")
+        raise InputError(f"{len(values)} classes besides 255 in masks of {args.data or args.train}: 2 to 255 needed")
     return [(x, torch.searchsorted(values, m).where(m != 255, 255)) for x, m in pairs], len(values)
 
 
@@ -214,8 +212,7 @@ def main(argv=None):
         net.requires_grad_(False)
         pairs = [test] if args.test else [train, test]
         seen = torch.cat([from_attention(net, *pair, config, args.mass, device) for pair in pairs])
-        tokens = (by_block(net, imgs, config, device) for imgs, _ in (train, test))
-        tokens = zip(*tokens, strict=True)
+        tokens = zip(*(by_block(net, imgs, config, device) for imgs, _ in (train, test)), strict=True)
         depths = [linear_features(net, a, labels, b, test[1], classes, device) for a, b in tokens]
         found = dict(jaccard=percent(seen.mean()), jaccard_error=error(seen), jaccard_images=len(seen))
         found["dense_by_block"] = [percent(v.mean()) for v, _ in depths]

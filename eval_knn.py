@@ -75,8 +75,8 @@ def main(argv=None):
             dump |= {f"{s}_labels": y.cpu().numpy() for s, y in labels.items()}
             with open(args.dump, "wb") as f:
                 np.savez(f, **dump, classes=train.classes)
-    extra = dict(feature=config["feature"], train=len(train), test=len(test))
-    return report("knn", args, config, results | extra)
+    results |= dict(feature=config["feature"], train=len(train), test=len(test))
+    return report("knn", args, config, results)
 
 
 if __name__ == "__main__":

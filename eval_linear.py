@@ -227,8 +227,7 @@ def apply(args, vit, config, device):
     if unknown:
         raise InputError(f"--data {args.data} has classes that were not trained: {', '.join(unknown[:5])}")
     own = [classes.index(c) for c in test.classes]
-    net = net.to(device).eval()
-    logits = features(net, test, config, device, args.precision, args.batch, args.workers)[:, own]
+    logits = features(net.to(device).eval(), test, config, device, args.precision, args.batch, args.workers)[:, own]
     accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
     return dict(accuracy=accuracy, test=len(test), classes=len(own))
 

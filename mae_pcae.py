@@ -285,15 +285,16 @@ def draw(net, x, file):
         return unpatchify(patches * mask, net.patch, net.vit.grid)
 
     if isinstance(net, PCAE):
-        columns = [x, only(visible), only(hidden), *map(only, net.compress(x, hidden)[1])]
+        left = {f"left of stage {i}": only(index) for i, index in enumerate(net.compress(x, hidden)[1], 1)}
+        columns = {"image": x, "student sees": only(visible), "teacher sees": only(hidden)} | left
     else:
         pred, target = net.decode(net.vit(x, visible), visible, hidden).float(), gather_tokens(patches, hidden)
         if net.norm_pix:  # back to pixels, by the mean and variance of the patch itself
             pred = pred * (target.var(dim=-1, keepdim=True) + 1e-6).sqrt() + target.mean(dim=-1, keepdim=True)
         painted = patches.scatter(1, hidden[..., None].expand(-1, -1, patches.shape[-1]), pred)
-        columns = [only(visible), unpatchify(painted, net.patch, net.vit.grid), x]
+        columns = dict(visible=only(visible), reconstructed=unpatchify(painted, net.patch, net.vit.grid), image=x)
     net.train(training)
-    save_grid([c * net.std + net.mean for c in columns], file)
+    save_grid({title: c * net.std + net.mean for title, c in columns.items()}, file)
 
 
 @cli

@@ -38,11 +38,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # 1 network ------------------------------------------------------------------------------------------------------------
@@ -763,11 +763,15 @@ def attention_mask(maps, mass=0.6):
 
 
 def save_grid(columns, file, tile=96):
-    """A picture with one row per image. columns: each (B, C, h, w) in [0, 1], any size; enlarged to `tile` px."""
-    size = [tile * s // max(columns[0].shape[-2:]) for s in columns[0].shape[-2:]]
+    """A picture with one row per image. columns: title -> (B, C, h, w) in [0, 1], any size; enlarged to `tile` px."""
+    shape = next(iter(columns.values())).shape[-2:]
+    size = [tile * s // max(shape) for s in shape]
     rgb = lambda x: x[:, [0, 1, 2] if x.shape[1] == 3 else [0, 0, 0]].float().clamp(0, 1)
-    rows = torch.stack([F.interpolate(rgb(x), size=size).cpu() for x in columns], dim=1).flatten(0, 1)
-    save_image(make_grid(rows, nrow=len(columns), padding=2, pad_value=1), file)
+    rows = torch.stack([F.interpolate(rgb(x), size=size).cpu() for x in columns.values()], dim=1).flatten(0, 1)
+    img = TF.to_pil_image(F.pad(make_grid(rows, nrow=len(columns), padding=2, pad_value=1), (0, 0, 14, 0), value=1.0))
+    for i, title in enumerate(columns):
+        ImageDraw.Draw(img).text((4 + i * (size[1] + 2), 2), title, "black")
+    img.save(file)
 
 
 # 6 checkpoints --------------------------------------------------------------------------------------------------------

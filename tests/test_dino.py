@@ -221,7 +221,7 @@ def test_attention_mask_holds_the_mass_with_as_few_patches_as_can_be():
 def test_pictures_are_drawn_while_training(npz):
     dino.main(tiny("--steps", 2))
     with Image.open("run/attention.png") as img:  # four images, each with two maps and two masks
-        assert img.size == (5 * 98 + 2, 4 * 98 + 2)
+        assert img.size == (5 * 98 + 2, 4 * 98 + 2 + 14)
 
 
 def test_collapse_is_named(npz, capsys):

@@ -30,7 +30,7 @@ def test_pictures_of_a_run(npz, method):
     columns = dict(attention=5, reconstruction=3, tokens=5)
     for kind in PICTURES[method]:
         with Image.open(f"run/{kind}-mine.png") as img:
-            assert img.size == (columns[kind] * 98 + 2, 98 + 2)
+            assert img.size == (columns[kind] * 98 + 2, 98 + 2 + 14)
 
 
 def test_of_files_with_an_encoder_alone_attention_is_drawn(npz):

@@ -122,7 +122,7 @@ def test_the_loss_falls(npz):
 def test_pictures(npz, method, name, columns):
     mae_pcae.main(tiny("--steps", 2, method=method))
     with Image.open(f"run/{name}.png") as img:
-        assert img.size == (columns * 98 + 2, 4 * 98 + 2)
+        assert img.size == (columns * 98 + 2, 4 * 98 + 2 + 14)
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def test_a_picture_of_a_perfect_prediction_is_the_picture(npz, monkeypatch):
     perfect = lambda self, latent, visible, wanted: mae_pcae.standardise(of(wanted))
     monkeypatch.setattr(mae_pcae.MAE, "decode", perfect)
     seen = []
-    monkeypatch.setattr(mae_pcae, "save_grid", lambda columns, file: seen.extend(columns))
+    monkeypatch.setattr(mae_pcae, "save_grid", lambda columns, file: seen.extend(columns.values()))
     mae_pcae.draw(model, (x - model.mean) / model.std, "x.png")
     visible, painted, original = seen
     close(original, x, rtol=0, atol=1e-5)

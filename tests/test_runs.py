@@ -51,14 +51,14 @@ def test_the_teacher_begins_as_the_student_and_follows_it_by_momentum(method, np
     teacher, student = FOLLOWS[method]
 
     def run(out, *more):
-        MAIN[method](tiny(*more, "--momentum", 0.5, method=method, out=out))
+        MAIN[method](tiny(*more, "--momentum", 0.8, method=method, out=out))
         found = tensors(checkpoint(out))
         return [(v, found[student + k[len(teacher) :]]) for k, v in found.items() if k.startswith(teacher)]
 
     still = run("still", "--lr", 0, "--steps", 2)
     assert len(still) > 20 and all(torch.allclose(t, s, rtol=0, atol=1e-5) for t, s in still)  # a last lr of 1e-6
     before, after = (run("run", "--warmup", 0, "--steps", steps) for steps in (1, 2))
-    m = vit.cosine(1, 32, 0.5, 1.0)
+    m = vit.cosine(1, 32, 0.8, 1.0)
     for (t, _), (moved, s) in zip(before, after, strict=True):
         close(moved, m * t + (1 - m) * s, rtol=0, atol=1e-6)
     assert sum(not torch.equal(a, b) for (_, a), (_, b) in zip(before, after, strict=True)) > 20

@@ -153,7 +153,7 @@ def test_the_loss_falls(npz):
 def test_pictures(npz):
     siameseim.main(tiny("--steps", 2, method="siameseim"))
     with Image.open("run/views.png") as img:
-        assert img.size == (5 * 98 + 2, 4 * 98 + 2)
+        assert img.size == (5 * 98 + 2, 4 * 98 + 2 + 14)
 
 
 def test_a_collapse_is_named(npz, capsys, monkeypatch):

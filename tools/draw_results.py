@@ -1,4 +1,4 @@
-"""Draws curves of several runs into one picture. `python tests/draw_results.py OUT.png KEY,KEY,... RUN_FOLDER...`"""
+"""Draws curves of several runs into one picture. `python tools/draw_results.py OUT.png KEY,KEY,... RUN_FOLDER...`"""
 
 import json
 import sys

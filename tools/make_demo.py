@@ -1,4 +1,4 @@
-"""Draws demo.npz: 32 px images to try self-supervised learning on in minutes. `python tests/make_demo.py demo.npz`
+"""Draws demo.npz: 32 px images to try self-supervised learning on in minutes. `python tools/make_demo.py demo.npz`
 
 An image is a quilt of four pieces of one of ten textures, the class, under two copies of one of eight shapes, the
 second label. Each piece has its own turn, period and phase, and each shape its own place, turn, size and lightness: so
