@@ -16,9 +16,9 @@ a constant output: centring keeps any one prototype from winning always, sharpen
 becoming uniform.
 
 Symbols of the paper: g_s = net.student, g_t = net.teacher, c = net.center, m = --center-momentum, lambda (l in
-Algorithm 1) = schedule.momentum, tau_t = schedule.teacher_temp, tau_s = student_temp in dino_loss. Read sections 1, 3
-and 4 of vit.py too. Change dino_loss for another loss, sample_views and augment for another augmentation, and ViT(...)
-in DINO for another backbone, a subclass of ViT.
+Algorithm 1) = schedule.momentum, which begins at --momentum, K = --prototypes, tau_t = schedule.teacher_temp, tau_s =
+student_temp in dino_loss. Read sections 1, 3 and 4 of vit.py too. Change dino_loss for another loss, sample_views and
+augment for another augmentation, and ViT(...) in DINO for another backbone, a subclass of ViT.
 
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order (theirs: drawn for each

@@ -8,7 +8,7 @@ A test image gets the label of its k nearest training images, each of which vote
 similarity and T = 0.07 (Wu et al., arXiv 1805.01978; DINO, arXiv 2104.14294, appendix F.1). Measured for the CLS token
 and the mean patch token, and for two baselines that a trained encoder should beat: raw pixels (normalised by channel,
 at most 32 x 32 of them), and the same network untrained. All come from one pass over the data. A network of up to 64 px
-gets the whole image, a larger one its middle 7/8, as the authors' does.
+gets the whole image, a larger one its middle 7/8, as the authors' does. * marks what the method's authors read.
 
 Differs from the authors' code: any number of test images and classes; k is at most the number of training images; no
 process group is needed.
@@ -69,7 +69,7 @@ def main(argv=None):
     if rank == 0:
         print(f"{'top-1, %':>9}" + "".join(f"{f'k={k}':>8}" for k in ks))
         for name, by_k in results.items():
-            print(f"{name:>9}" + "".join(f"{v:8.2f}" for v in by_k.values()))
+            print(f"{name:>9}" + "".join(f"{v:8.2f}" for v in by_k.values()) + "  *" * (name == config["feature"]))
         if args.dump:
             dump = {f"{s}_{n}": x[n].cpu().numpy() for s, x in vectors.items() for n in ("cls", "mean")}
             dump |= {f"{s}_labels": y.cpu().numpy() for s, y in labels.items()}

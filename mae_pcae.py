@@ -289,7 +289,7 @@ def draw(net, x, file):
         columns = {"image": x, "student sees": only(visible), "teacher sees": only(hidden)} | left
     else:
         pred, target = net.decode(net.vit(x, visible), visible, hidden).float(), gather_tokens(patches, hidden)
-        if net.norm_pix:  # back to pixels, by the mean and variance of the patch itself
+        if net.norm_pix:  # a hidden patch's own mean and variance, which were not predicted, are taken from the image
             pred = pred * (target.var(dim=-1, keepdim=True) + 1e-6).sqrt() + target.mean(dim=-1, keepdim=True)
         painted = patches.scatter(1, hidden[..., None].expand(-1, -1, patches.shape[-1]), pred)
         columns = dict(visible=only(visible), reconstructed=unpatchify(painted, net.patch, net.vit.grid), image=x)

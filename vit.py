@@ -1167,12 +1167,11 @@ class Run:
         elif self.first == 0:
             before = dict(knn_pixels=self.knn(pixels), knn_untrained=self.knn())
             self.write(**before)
-            self.say("k-NN before training: " + ", ".join(f"{k[4:]} {v:.1f} %" for k, v in before.items()))
+            values = ", ".join(f"{k[4:]} {v:.1f} %" for k, v in before.items())
+            self.say(f"k-NN before training, {len(self.sets[1])} test images: {values}")
 
     def steps(self, train):
-        """Yields (step, images) and seeds drop path. After Ctrl-C the current step is still logged and saved
-        (with several processes, up to ten steps later).
-        """
+        """Yields (step, images) and seeds drop path. Asked to stop, it ends after this step (processes: in ten)."""
         keys = batches(len(train), self.args.batch, self.first, self.stop, self.args.seed)
         keys, loading = itertools.tee(keys)
         loader = stream(train, loading, self.device, self.args.workers)
@@ -1237,7 +1236,8 @@ class Run:
         start, epoch = time.perf_counter(), round((step + 1) / self.steps_per_epoch, 3)
         accuracy = self.knn()
         self.write(step=step + 1, epoch=epoch, knn=accuracy)
-        self.say(f"epoch {epoch:g}: k-NN {accuracy:.1f} %")
+        left = (self.stop - step - 1) * (time.perf_counter() - self.started) / (step + 1 - self.first) / 60
+        self.say(f"epoch {epoch:g}: k-NN {accuracy:.1f} %" + f", about {left:.1f} minutes to go" * (left > 0))
         self.since += time.perf_counter() - start
 
     def save_due(self, step):
@@ -1270,7 +1270,7 @@ class Run:
         titles = dict(loss="loss", knn="k-NN accuracy, % (k = 20)", accuracy="accuracy, %")
         for axes, name in ((left, "loss"), (right, key)):
             points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
-            axes.plot(*zip(*points, strict=True))
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label="trained")
             axes.set(xlabel="epoch", title=titles[name])
         for key, style in (("knn_pixels", ":"), ("knn_untrained", "--")):
             for value in (row[key] for row in rows if key in row):

@@ -123,10 +123,10 @@ def test_commands_in_the_readme_are_understood(npz):
 
 def test_the_snippet_in_the_readme_runs():
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    for folder in ("runs/dino-demo", "examples"):
+    for folder in ("weights", "examples/images"):
         os.makedirs(folder)
-    encoder("runs/dino-demo/last.pt")
-    Image.radial_gradient("L").save("examples/picture.jpg")
+    encoder("weights/dino-nano4-cifar10.pt")
+    Image.radial_gradient("L").save("examples/images/0.jpg")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), {})
