@@ -50,6 +50,15 @@ def test_the_loss_and_both_pulls_are_weighted(npz):
     assert torch.equal(step(0.3)[:5], half[:5])
 
 
+@pytest.mark.parametrize("method", ["dino", "hybrid"])
+def test_the_centre_follows_the_teacher_s_mean_output(method):
+    net, args = network("--center-momentum", 0.8, method=method)
+    seen = []
+    net.teacher.register_forward_hook(lambda module, views, out: seen.append(out))
+    step_once(net, args, torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8))
+    close(net.center, 0.2 * seen[0].mean(dim=0))  # it began at zero
+
+
 def test_a_run_its_log_and_its_pictures(npz):
     result = hybrid.main(options("--weight", 0.2))
     assert result["knn"] > 30 and result["step"] == 32
