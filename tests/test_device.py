@@ -16,6 +16,7 @@ import mae_pcae
 import siameseim
 import vit
 
+pytestmark = pytest.mark.fake
 everywhere = pytest.mark.parametrize("method", NETWORK)
 
 
