@@ -370,7 +370,7 @@ def draw_pairs(net, imgs, draws, args, file):
     edges = (torch.stack([x, y, x + width, y + height], dim=-1) * size).clamp(0).minimum(size - 1)
     rgb = zoom(imgs[:, [0, 1, 2] if imgs.shape[1] == 3 else [0, 0, 0]].float() / 255).cpu()
     boxed = [draw_bounding_boxes(i, e, colors=["red", "blue"]) for i, e in zip(rgb, edges, strict=True)]
-    columns = {"views a, b": torch.stack(boxed), "view a": a, "visible of a": a * zoom(visible), "view b": b}
+    columns = {"a red, b blue": torch.stack(boxed), "view a": a, "visible of a": a * zoom(visible), "view b": b}
     save_grid(columns | {"predicted of b": like}, file)
 
 
