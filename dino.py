@@ -111,7 +111,7 @@ def sample_step(args, step, side):
     g, local = seeded(args.seed, step), [args.local_size] * 2
     draw = lambda n, size, scale, *odds: sample_views(args.batch, n, side, size, scale, *odds, args.color, g)
     global_draws = draw(2, args.img_size, args.global_scale, [1.0, 0.1], [0.0, 0.2])  # odds of blur, of solarization
-    return global_draws, draw(args.local_crops, local, args.local_scale, [0.5], [0.0])
+    return global_draws, draw(args.local_crops, local, args.local_scale, [0.5], [0.0])  # one for all local views
 
 
 def augment(imgs, draws, size, unit, mean, std):
@@ -281,7 +281,7 @@ def infonce_loss(student, teacher, center, **temp):
 def pairwise(student, teacher, center, temp, loss):
     s, t = F.normalize(student, dim=-1), F.normalize(teacher - center, dim=-1)
     pairs = [loss(s[i], t[j]) for j in range(len(t)) for i in range(len(s)) if i != j]
-    return sum(pairs) / len(pairs), *dino_loss(student.detach(), teacher, center, **temp)[1:]
+    return sum(pairs) / len(pairs), *dino_loss(student.detach(), teacher, center, **temp)[1:]  # logged: DINO's own
 
 
 def collapse(entropy, kl, prototypes):

@@ -59,6 +59,14 @@ def test_the_centre_follows_the_teacher_s_mean_output(method):
     close(net.center, 0.2 * seen[0].mean(dim=0))  # it began at zero
 
 
+def test_pulls_in_fp16_are_those_of_fp32():
+    """The scaler multiplies every gradient; the logged norms are divided by it again."""
+    imgs = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    options = ("--weight", 0.3, "--drop-path", 0, "--precision")
+    found = [step_once(*network(*options, p, method="hybrid"), imgs, norms=True)[5:] for p in ("fp32", "fp16")]
+    close(*found, rtol=0.05, atol=0)
+
+
 def test_a_run_its_log_and_its_pictures(npz):
     result = hybrid.main(options("--weight", 0.2))
     assert result["knn"] > 30 and result["step"] == 32
