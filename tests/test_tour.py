@@ -8,14 +8,15 @@ from conftest import ROOT
 
 
 @pytest.mark.slow
-def test_the_tour_runs():
+def test_the_tour_runs(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # beside other tests more threads would wait for each other
     import nbclient
     import nbformat
 
     for file in [*ROOT.glob("*.py"), ROOT / "demo.npz", ROOT / "weights"]:
         (shutil.copytree if file.is_dir() else shutil.copy)(file, file.name)
     notebook = nbformat.read(ROOT / "tour.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=600).execute()  # raises where a cell does
+    nbclient.NotebookClient(notebook, timeout=1200).execute()  # raises where a cell does
     assert sum("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])) >= 9
 
 
