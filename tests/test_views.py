@@ -147,3 +147,4 @@ def test_draws_do_not_depend_on_who_asks(monkeypatch):
     monkeypatch.undo()
     assert list(vit.batches(20, 8, 3, 5, 3)) == batches[0][3:]  # a restart in the middle of an epoch
     assert len({*batches[0][0][0], *batches[0][1][0]}) == 16  # an epoch repeats no image
+    assert batches[0][2][0] != batches[0][0][0]  # the next one has another order
