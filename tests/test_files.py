@@ -297,7 +297,7 @@ def test_stats_are_the_channels_mean_and_deviation(npz):
 def test_prepare_at_the_native_size_is_normalisation_and_above_64_px_a_crop_of_7_8():
     x = torch.randint(0, 256, (2, 3, 16, 16)).byte()
     config = lambda *size: dict(img_size=list(size), mean=[0.5] * 3, std=[0.25] * 3)
-    close(vit.prepare(x, config(16, 16)), (x / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(vit.prepare(x, config(16, 16)), (x / 255 - 0.5) / 0.25)
     ramp = torch.arange(256).byte().expand(1, 3, 256, 256)
     out = (vit.prepare(ramp, config(224, 224))[0, 0, 0] * 0.25 + 0.5) * 255
     close(out, torch.arange(16, 240).float(), rtol=0, atol=1e-3)
@@ -340,7 +340,7 @@ def test_encoders_of_all_kinds_are_read(how, capsys):
     if how == "siameseim":
         expected.norm = torch.nn.Identity()
     with torch.no_grad():
-        close(net(x), expected(x))
+        torch.testing.assert_close(net(x), expected(x))
 
 
 def test_a_foreign_vit_h_has_sixteen_heads():

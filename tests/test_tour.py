@@ -16,7 +16,7 @@ def test_the_tour_runs(monkeypatch):
     for file in [*ROOT.glob("*.py"), ROOT / "demo.npz", ROOT / "weights"]:
         (shutil.copytree if file.is_dir() else shutil.copy)(file, file.name)
     notebook = nbformat.read(ROOT / "tour.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=1200).execute()  # raises where a cell does
+    nbclient.NotebookClient(notebook, timeout=600).execute()  # raises where a cell does
     assert sum("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])) >= 9
 
 

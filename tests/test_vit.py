@@ -37,6 +37,11 @@ def test_any_shape(size, patch, chans):
     assert model(x[..., :patch, :patch]).shape == (2, 2, 32)  # positions are interpolated
 
 
+@pytest.mark.parametrize("side", range(8, 225, 8))
+def test_every_multiple_of_the_patch(side):
+    assert net()(torch.randn(1, 3, side, 2 * side)).shape == (1, 1 + 2 * (side // 8) ** 2, 32)
+
+
 def test_size_that_the_patch_does_not_divide():
     with pytest.raises(ValueError, match="not a multiple of the patch size, 8"):
         net()(torch.randn(1, 3, 33, 32))
