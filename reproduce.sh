@@ -13,11 +13,10 @@
 # 5 without. --processes: so many share each batch; --cpu: 2, each with one thread.
 set -euo pipefail
 python=$(command -v python || command -v python3)
-gpu=$("$python" -c "import torch; print(torch.cuda.is_available())")
 methods="dino mae pcae siameseim hybrid" minutes= data=cifar10 out=runs/reproduce seeds=1 cpu= processes=1 rest=()
-finetune=$([ "$gpu" = True ] && echo 100 || echo 5)
+gpu=$("$python" -c "import torch; print(torch.cuda.is_available())") finetune=
 while [ $# -gt 0 ]; do
-    [ "$1" = --cpu ] && { cpu=1 processes=2; shift; continue; }
+    [ "$1" = --cpu ] && { cpu=1 gpu=False processes=2; shift; continue; }
     [ "$1" = -- ] || [ $# -gt 1 ] || set -- help # an option without its value
     case $1 in
     --only) methods=$2 ;; --minutes) minutes=$2 ;; --data) data=$2 ;; --out) out=$2 ;; --finetune-epochs) finetune=$2 ;;
@@ -26,6 +25,7 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
+finetune=${finetune:-$([ "$gpu" = True ] && echo 100 || echo 5)}
 mkdir -p "$out"
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -41,7 +41,7 @@ recipe() { # what --cpu gives a method, for images of 32 px
     mae) echo $decoder --lr 4e-3 --warmup 2 ;;
     pcae) echo $decoder --lr 1e-3 --warmup 2 --momentum .9995 ;;
     siameseim) echo $decoder --lr 2e-3 --warmup 1 --projector-depth 1 --neg-weight .24 ;;
-    hybrid) echo $decoder $dino --local-crops 0 --global-scale .14 1 ;;
+    hybrid) echo --patch 8 --mask-ratio .5 $decoder $dino --local-crops 0 --global-scale .14 1 ;;
     esac
 }
 
@@ -54,13 +54,13 @@ start() { # as many processes as were asked for
 train() { # method, folder, options
     local method=$1 folder=$2; shift 2
     # shellcheck disable=SC2046
-    start "$here"/$(script_of "$method") --data "$data" --out "$folder" ${cpu:+$(recipe "$method")} "$@" \
-        ${rest[@]+"${rest[@]}"}
+    start "$here"/$(script_of "$method") --data "$data" --out "$folder" ${cpu:+--device cpu $(recipe "$method")} \
+        "$@" ${rest[@]+"${rest[@]}"}
 }
 
 json() { # file, command: the last line it prints, kept in the file once it has ended well
     local file=$1; shift
-    [ -s "$file" ] || { "$@" --json "$file.part" >&2 && mv "$file.part" "$file"; }
+    [ -s "$file" ] || { "$@" ${cpu:+--device cpu} --json "$file.part" >&2 && mv "$file.part" "$file"; }
 }
 
 table() { # of what is there so far
