@@ -4,7 +4,8 @@
 #   ./reproduce.sh                                  # CIFAR-10, 60 minutes of training a method; meant for a GPU
 #   ./reproduce.sh --only mae --minutes 30 --seeds 3
 #   ./reproduce.sh --cpu --data cifar10             # a small network on two CPU cores: DINO 60 minutes, the others 40
-#   ./reproduce.sh --data demo.npz --minutes 2 --finetune-epochs 3 -- --size nano     # after --: for all trainings
+#   ./reproduce.sh --data demo.npz --seeds 3 --minutes 0        # 0: as many epochs as the preset has
+#   ./reproduce.sh --only dino -- --size nano                   # after --: for all trainings
 #
 # In --out (runs/reproduce): one folder a method and seed, and table.md, written again after every method. The data needs
 # labels. What is done is not done again: to resume after a cut, give the same command; for other minutes, another --out.
@@ -33,11 +34,10 @@ script_of() { case $1 in mae | pcae) echo "mae_pcae.py --method $1" ;; *) echo "
 
 recipe() { # what --cpu gives a method, for images of 32 px
     local decoder="--decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
-    local dino="--batch 64 --hidden 512 --prototypes 1024 --lr 2e-3 --warmup .5 --momentum .99 --center-momentum .9"
-    dino+=" --teacher-temp .03 .04 --teacher-temp-epochs 12 --freeze-last-layer 0 --drop-path 0"
+    local dino="--hidden 512 --prototypes 1024 --lr 2e-3 --warmup .5 --momentum .98 --freeze-last-layer 0 --drop-path 0"
     echo --size nano --batch 128
     case $1 in
-    dino) echo --patch 8 $dino --local-crops 2 ;;
+    dino) echo --patch 8 $dino --local-crops 4 ;;
     mae) echo $decoder --lr 4e-3 --warmup 2 ;;
     pcae) echo $decoder --lr 1e-3 --warmup 2 --momentum .9995 ;;
     siameseim) echo $decoder --lr 2e-3 --warmup 1 --projector-depth 1 --neg-weight .24 ;;
@@ -89,9 +89,9 @@ for method, runs in done.items():
     knn = [read(run / "knn.json") for run in runs]
     rows = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in runs]
     minutes = [max(row.get("seconds", 0) for row in log) / 60 for log in rows]
+    epochs = rows[0][0]["args"]["epochs"]
     columns = [[near(r[r["feature"]]) for r in knn], [near(r["untrained"]) for r in knn]]
     columns += [[read(run / "linear.json")["linear"] for run in runs], [read(run / "finetune.json")["finetuned"] for run in runs]]
-    epochs = (out / f"{method}.epochs").read_text().strip()
     print(f"| {method} | {len(runs)} | {epochs} | {statistics.mean(minutes):.1f} | " + " | ".join(map(cell, columns)) + " |")
 PY
     mv "$out/table.part" "$out/table.md"
@@ -101,11 +101,14 @@ for m in $methods; do
     for seed in $(seq 0 $((seeds - 1))); do
         run=$out/$m-$seed
         mkdir -p "$run"
-        if [ ! -s "$out/$m.epochs" ]; then # images/s over the last of a few steps say how many epochs fit
+        if [ "$minutes" = 0 ]; then
+            rm -f "$out/$m.epochs"
+        elif [ ! -s "$out/$m.epochs" ]; then
+            # images/s over the last of a few steps say how many epochs fit
             rm -rf "$out/speed"
             train "$m" "$out/speed" --epochs 2 --warmup 0 --steps 40
             limit=${minutes:-60}
-            if [ "$cpu$minutes" = 1 ] && [ "$m" != dino ]; then limit=40; fi
+            if [ "$cpu" ] && [ -z "$minutes" ] && [ "$m" != dino ]; then limit=40; fi
             "$python" - "$out/speed/log.jsonl" "$limit" >"$out/$m.epochs" <<'PY'
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
@@ -114,7 +117,8 @@ print(max(2, round(float(sys.argv[2]) * 60 * speed / rows[0]["images"])))
 PY
             rm -rf "$out/speed"
         fi
-        train "$m" "$run" --epochs "$(cat "$out/$m.epochs")" --seed "$seed"
+        epochs=$(cat "$out/$m.epochs" 2>/dev/null || true)
+        train "$m" "$run" ${epochs:+--epochs "$epochs"} --seed "$seed"
         json "$run/knn.json" "$python" "$here/eval_knn.py" "$run/last.pt" --precision auto
         json "$run/linear.json" "$python" "$here/eval_linear.py" "$run/last.pt"
         tune=(start "$here/eval_linear.py" "$run/last.pt" --finetune --epochs "$finetune")
