@@ -42,9 +42,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Every test works in an empty folder; its runs log every step and may save at every epoch's end; a script's signal
-    handlers do not outlive it.
-    """
+    """An empty folder; runs log every step and may save at every epoch's end; signal handlers do not outlive a test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vit.Run, "minute", 0)
     monkeypatch.setattr(vit.Run, "log_due", lambda self, step: True)
@@ -129,12 +127,12 @@ def network(*more, method="dino", channels=3, side=16):
     return net, args
 
 
-def step_once(net, args, imgs, norms=False, **schedule):
+def step_once(net, args, imgs, norms=False, step=0, **schedule):
     """train_step on these images, uint8; its statistics."""
     module = MODULE[args.method]
     schedule = dict(lr=1e-3, weight_decay=0.0, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False) | schedule
     parts = net, *vit.adamw(net, args.precision)
-    draws = module.sample_step(args, 0, imgs.shape[-1])
+    draws = module.sample_step(args, step, imgs.shape[-1])
     more = dict(norms=norms) if args.method == "hybrid" else {}
     return module.train_step(*parts, imgs, draws, SimpleNamespace(**schedule), args, **more)
 
@@ -199,10 +197,10 @@ def wait_for(process, condition=training, seconds=90):
         time.sleep(0.02)
 
 
-def encoder(file=None, channels=3, feature="cls"):
+def encoder(file=None, channels=3, feature="cls", **more):
     """A small ViT of 16 px and its config; also saved to a file, as version 0.1's are in weights/."""
     net = vit.ViT(16, 4, in_chans=channels, **vit.SIZES["test"]).eval()
-    config = dict(net.config, mean=[0.5] * channels, std=[0.2] * channels, feature=feature)
+    config = dict(net.config, mean=[0.5] * channels, std=[0.2] * channels, feature=feature, **more)
     if file:
         torch.save(dict(encoder=net.state_dict(), config=config), file)
     return net, config

@@ -14,16 +14,6 @@ import dino
 import eval_dense
 
 
-def test_overlaps_against_a_loop():
-    a, b, valid = torch.rand(3, 6, 6) > 0.5, torch.rand(3, 6, 6) > 0.5, torch.rand(3, 6, 6) > 0.2
-    ours = torch.stack(eval_dense.overlaps(a, b, valid), dim=1)
-    for i in range(3):
-        places = [(y, x) for y in range(6) for x in range(6) if valid[i, y, x]]
-        both = sum(bool(a[i, y, x] and b[i, y, x]) for y, x in places)
-        either = sum(bool(a[i, y, x] or b[i, y, x]) for y, x in places)
-        assert ours[i].tolist() == [both, either]
-
-
 def test_mean_iou_of_known_masks():
     wanted = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]])
     third = torch.tensor([[0, 0, 1, 1], [2, 0, 1, 1]])
@@ -124,22 +114,3 @@ def test_several_processes_are_refused(main, capsys, monkeypatch):
     """They would all do the same work and write the same files."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "start it without torchrun" in fails(main, ["x.pt"], capsys)
-
-
-WRONG = {
-    "": "no checkpoint given",
-    "nowhere.pt": "no checkpoint at nowhere.pt",
-    "x.pt --data tiny.npz": "no folder with images/ and masks/",
-    "x.pt --data empty": "has a mask of the same folder and name",
-    "x.pt --train voc": "--train and --test: give both",
-    "x.pt --mass 7": "argument --mass: must be between 0 and 1",
-    "x.pt --limit 0": "--limit must be 2 or more",
-}
-
-
-@pytest.mark.parametrize("options", WRONG)
-def test_wrong_input(npz, tmp_path, capsys, options):
-    encoder("x.pt")
-    for folder in ("images", "masks"):
-        (tmp_path / "empty" / folder).mkdir(parents=True)
-    assert WRONG[options] in fails(eval_dense.main, options.split(), capsys)

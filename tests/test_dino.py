@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NETWORK, checkpoint, close, log, losses, network, step_once, tensors, tiny
-from PIL import Image
 
 import dino
 import vit
@@ -38,13 +37,10 @@ def test_loss_is_the_mean_cross_entropy_over_pairs_of_different_views(views):
 def test_kl_vanishes_in_both_collapses():
     k = 32
     uniform = torch.zeros(4, 3, k)
-    loss, entropy, _ = dino.dino_loss(uniform, uniform[:2], torch.zeros(k))
-    assert loss.item() == pytest.approx(math.log(k), abs=1e-5) and entropy.item() == pytest.approx(
-        math.log(k), abs=1e-5
-    )
     one_hot = torch.zeros(4, 3, k).index_fill_(2, torch.tensor([5]), 10.0)
-    loss, entropy, _ = dino.dino_loss(one_hot, one_hot[:2], torch.zeros(k))
-    assert loss.item() == pytest.approx(0, abs=1e-5) and entropy.item() == pytest.approx(0, abs=1e-5)
+    for outputs, expected in ((uniform, math.log(k)), (one_hot, 0)):
+        found = dino.dino_loss(outputs, outputs[:2], torch.zeros(k))
+        close(torch.stack(found), torch.tensor([expected, expected, 0.0]))
     assert "uniform" in dino.collapse(math.log(k), 0.0, k) and "one prototype" in dino.collapse(0.0, 0.0, k)
     assert dino.collapse(1.5, 0.5, k) is None
 
@@ -163,18 +159,13 @@ def test_the_last_layer_is_frozen_in_the_first_epoch(npz):
 def test_a_run_of_bad_batches_ends_with_the_reason(npz, monkeypatch):
     real = dino.augment
     monkeypatch.setattr(dino, "augment", lambda *a: real(*a) * float("nan"))
-    with pytest.raises(
-        SystemExit, match="stopped at step 20: 20 steps in a row had a gradient that is not finite; try a lower --lr"
-    ):
+    why = "stopped at step 20: 20 steps in a row had a gradient that is not finite; try a lower --lr"
+    with pytest.raises(SystemExit, match=why):
         dino.main(tiny())
 
 
-CHANGES = {
-    "no-centering": {"center_momentum"},
-    "no-sharpening": {"teacher_temp"},
-    "no-multicrop": {"local_crops", "global_scale"},
-    "no-momentum": {"momentum"},
-}
+CHANGES = {"no-centering": {"center_momentum"}, "no-sharpening": {"teacher_temp"}, "no-momentum": {"momentum"}}
+CHANGES["no-multicrop"] = {"local_crops", "global_scale"}
 
 
 @pytest.mark.parametrize("name", dino.ABLATIONS)
@@ -216,12 +207,6 @@ def test_attention_mask_holds_the_mass_with_as_few_patches_as_can_be():
     share = (maps * mask).sum(-1) / maps.sum(-1)
     smallest = maps.masked_fill(~mask, 9).amin(-1) / maps.sum(-1)
     assert (share >= 0.6).all() and (share - smallest < 0.6).all()
-
-
-def test_pictures_are_drawn_while_training(npz):
-    dino.main(tiny("--steps", 2))
-    with Image.open("run/attention.png") as img:  # four images, each with two maps and two masks
-        assert img.size == (5 * 98 + 2, 4 * 98 + 2 + 14)
 
 
 def test_collapse_is_named(npz, capsys):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAIN, encoder, fails, tiny
+from conftest import MAIN, encoder, tiny
 from PIL import Image
 
 import draw
@@ -19,18 +19,20 @@ def picture(name="mine.jpg", size=(90, 50)):
 
 PICTURES = dict(dino=["attention"], siameseim=["attention"], mae=["attention", "reconstruction"])
 PICTURES |= dict(pcae=["attention", "tokens"], hybrid=["attention", "reconstruction"])
+COLUMNS = dict(attention=5, reconstruction=3, tokens=5, views=5)  # two maps and two masks of two heads; two stages
+TRAINING = PICTURES | dict(siameseim=["views"], mae=["reconstruction"], pcae=["tokens"])
 
 
 @pytest.mark.parametrize("method", PICTURES)
 def test_pictures_of_a_run(npz, method):
-    """Beside the checkpoint: two maps and two masks of two heads; three columns of MAE's; five of PCAE's two stages."""
+    """Those of four images that training draws, and those of a user's own file, beside the checkpoint."""
     MAIN[method](tiny("--steps", 1, method=method))
     written = draw.main(["run/last.pt", picture()])
     assert [Path(f).name for f in written] == [f"{kind}-mine.png" for kind in PICTURES[method]]
-    columns = dict(attention=5, reconstruction=3, tokens=5)
-    for kind in PICTURES[method]:
-        with Image.open(f"run/{kind}-mine.png") as img:
-            assert img.size == (columns[kind] * 98 + 2, 98 + 2 + 14)
+    for rows, suffix, kinds in ((4, "", TRAINING[method]), (1, "-mine", PICTURES[method])):
+        for kind in kinds:
+            with Image.open(f"run/{kind}{suffix}.png") as img:
+                assert img.size == (COLUMNS[kind] * 98 + 2, rows * 98 + 2 + 14)
 
 
 def test_of_files_with_an_encoder_alone_attention_is_drawn(npz):
@@ -38,6 +40,8 @@ def test_of_files_with_an_encoder_alone_attention_is_drawn(npz):
     state = vit.load_checkpoint("run/last.pt")
     torch.save({k: state[k] for k in ("encoder", "config")}, "bare.pt")
     assert [Path(f).name for f in draw.main(["bare.pt", picture(), "--out", "here"])] == ["attention-mine.png"]
+    encoder("grey.pt", channels=1)
+    assert draw.main(["grey.pt", picture()])
     torch.save(vit.ViT(32, 8, **vit.SIZES["tiny"]).state_dict(), "foreign.pth")
     assert Path(draw.main(["foreign.pth", picture(), "--heads", "4"])[0]).exists()
 
@@ -48,16 +52,3 @@ def test_a_reconstruction_uses_the_options_of_its_run(npz, monkeypatch):
     monkeypatch.setattr(mae_pcae, "draw", lambda net, *_: seen.append((net.norm_pix, net.mask_ratio)))
     draw.main(["run/last.pt", picture()])
     assert seen == [(False, 0.5)]
-
-
-def test_files_that_cannot_be_drawn(npz, capsys):
-    MAIN["dino"](tiny("--steps", 1))
-    Path("text.jpg").write_text("no picture")
-    assert "text.jpg is not a readable image" in fails(draw.main, ["run/last.pt", "text.jpg"], capsys)
-    assert "no checkpoint at nowhere.pt" in fails(draw.main, ["nowhere.pt", picture()], capsys)
-    for channels, fits in ((1, True), (5, False)):
-        encoder("bands.pt", channels)
-        if fits:
-            assert draw.main(["bands.pt", picture()])
-        else:
-            assert "3 channels, but the network takes 5" in fails(draw.main, ["bands.pt", picture()], capsys)

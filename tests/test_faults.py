@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPT, checkpoint, command, environment, losses, same, spawn, start, tiny, training, wait_for
 
+import vit
+
 pytestmark = [pytest.mark.slow, pytest.mark.linux]
 
 
@@ -42,10 +44,11 @@ def kill_at_random_moments(name, argv):
     assert resumed >= KILLS // 2
 
 
-@pytest.mark.parametrize("method", SCRIPT)
-def test_kill_9_at_random_moments(method, folder):
-    """The run ends with the weights of one left alone."""
-    options = ["--epochs", 5000, "--warmup", 1, "--drop-path", 0.1]
+@pytest.mark.parametrize("method,in_memory", [*((m, vit.IN_MEMORY) for m in SCRIPT), ("dino", 0)])
+def test_kill_9_at_random_moments(method, in_memory, folder, monkeypatch):
+    """The run ends with the weights of one left alone; also where two processes decode its images."""
+    monkeypatch.setenv("IN_MEMORY", str(in_memory))
+    options = ["--epochs", 5000, "--warmup", 1, "--drop-path", 0.1, "--workers", 2]
     kill_at_random_moments(method, command(SCRIPT[method], *tiny(*options, data=folder, method=method), quick=True))
     last = (checkpoint()["step"] if os.path.exists("run/last.pt") else 0) + 10
     for out in ("run", "straight"):
@@ -62,18 +65,6 @@ def test_kill_9_while_fine_tuning(npz):
         done = start("eval_linear.py", *options, out, timeout=9000)
         assert done.returncode == 0, done.stderr[-2000:]
     assert same(checkpoint("straight"), checkpoint("killed")) == []
-
-
-def test_killed_while_it_decodes_with_workers(folder):
-    process = streamed(folder, "--drop-path", 0.1)
-    wait_for(process, lambda: os.path.exists("run/last.pt"))
-    process.kill()
-    process.wait()
-    last = checkpoint()["step"] + 5
-    for out in ("run", "straight"):
-        process = streamed(folder, "--drop-path", 0.1, "--steps", last, out=out)
-        assert process.communicate(timeout=300)[0] and process.returncode == 0
-    assert same(checkpoint("straight"), checkpoint()) == []
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_message(folder):

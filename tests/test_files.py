@@ -160,15 +160,13 @@ def test_a_skipped_file_takes_its_label_along(monkeypatch):
         save(f"d/{name}/0.png", Image.new("RGB", (8, 8), (60 * i, 0, 0)))
     Path("d/b/0.png").write_bytes(b"broken")
     train = vit.open_images("d")[0].pick(range(4))
-    assert (
-        [x[0, 0, 0].item() // 60 for x in train.at(8, quiet=True).items]
-        == train.at(8, quiet=True).labels.tolist()
-        == [0, 2, 3]
-    )
+    images = train.at(8, quiet=True)
+    assert [x[0, 0, 0].item() // 60 for x in images.items] == images.labels.tolist() == [0, 2, 3]
     monkeypatch.setattr(vit, "IN_MEMORY", 0)
     for workers in (0, 1):
         images = vit.open_images("d")[0].pick(range(4)).at(8)
-        with warnings.catch_warnings(action="ignore"):
+        heard = pytest.warns(UserWarning, match="unreadable image: .*b/0.png")
+        with heard if workers == 0 else warnings.catch_warnings(action="ignore"):  # a process warns on its own
             (batch,) = vit.stream(images, vit.in_order(images, 4), workers=workers)
         assert (batch[:, 0, 0, 0] // 60).tolist() == images.labels.tolist() == [0, 2, 2, 3]
 
@@ -394,37 +392,24 @@ class Bomb:
         return os.system, ("touch pwned",)
 
 
-@pytest.mark.parametrize("how", ["pickle", "torch"])
-def test_a_checkpoint_never_runs_code(how):
-    if how == "pickle":
-        Path("x.pt").write_bytes(pickle.dumps({"encoder": Bomb()}))
-    else:
+FEW_BYTES = [b"", b"(", b"\x80", b"PK", b"PK\x03\x04", b"\x80\x02}q\x00."]
+
+
+@pytest.mark.parametrize("content", ["torch", pickle.dumps({"encoder": Bomb()}), *FEW_BYTES])
+def test_a_checkpoint_never_runs_code_and_may_be_a_few_bytes(content):
+    if content == "torch":
         torch.save({"encoder": Bomb()}, "x.pt")
-    with pytest.raises(vit.InputError, match="refused|not a readable checkpoint"):
+    else:
+        Path("x.pt").write_bytes(content)
+    with pytest.raises(vit.InputError, match="x.pt is not a readable checkpoint"):
         vit.load_encoder("x.pt")
     assert not Path("pwned").exists()
 
 
-def test_saving_is_all_or_nothing():
-    vit.save_checkpoint("x.pt", {"a": torch.ones(3)})
-    with pytest.raises(vit.InputError, match="could not save"):
-        vit.save_checkpoint("missing/x.pt", {"a": torch.ones(3)})
-    assert os.listdir() == ["x.pt"] and vit.load_checkpoint("x.pt")["a"].sum() == 3
-
-
-@pytest.mark.parametrize("content", [b"", b"(", b"\x80", b"PK", b"PK\x03\x04", b"\x80\x02}q\x00."])
-def test_a_checkpoint_of_a_few_bytes(content):
-    Path("x.pt").write_bytes(content)
-    with pytest.raises(vit.InputError, match="x.pt"):
-        vit.load_encoder("x.pt")
-
-
 # Fuzzing: whatever bytes are given, the loaders either work or say what is wrong --------------------------------------
 
-once = [Phase.explicit, Phase.generate]  # no shrinking: it takes minutes
-fuzz = settings(
-    max_examples=int(os.environ.get("FUZZ", 60)), deadline=None, phases=once, suppress_health_check=list(HealthCheck)
-)
+once = dict(deadline=None, phases=[Phase.explicit, Phase.generate])  # no shrinking: it takes minutes
+fuzz = settings(max_examples=int(os.environ.get("FUZZ", 60)), suppress_health_check=list(HealthCheck), **once)
 
 
 def seeds():
@@ -494,9 +479,7 @@ odd = st.one_of(st.integers(-2, 40), st.floats(), st.text(max_size=3), st.none()
 
 @fuzz
 @given(
-    config=st.dictionaries(
-        st.sampled_from(["img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm"]), odd
-    ),
+    config=st.dictionaries(st.sampled_from([*small().config, "norm"]), odd),
     changes=st.dictionaries(st.sampled_from(sorted(small().state_dict())), odd, max_size=3),
     removed=st.lists(st.sampled_from(sorted(small().state_dict())), max_size=3),
     wrapped=st.booleans(),

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import encoder, fails, start, tiny
+from conftest import tiny
 
 import dino
 import eval_knn
@@ -63,34 +63,3 @@ def test_the_script(npz, capsys):
         assert z["train_cls"].shape == (64, 32) and z["test_mean"].shape == (24, 32)
         brute = brute_force(z["train_cls"], z["train_labels"], z["test_cls"], z["test_labels"], 20)
     assert result["cls"][20] == pytest.approx(brute, abs=0.01)
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_same(npz):
-    dino.main(tiny("--steps", 2))
-    one, two = (start("eval_knn.py", "run/last.pt", "--device", "cpu", processes=n) for n in (1, 2))
-    assert one.returncode == two.returncode == 0, two.stderr
-    one, two = (json.loads(p.stdout.splitlines()[-1])["results"] for p in (one, two))
-    for row in ("pixels", "untrained", "cls", "mean"):  # one of 24 test images, where rounding decides a tie
-        assert [*one[row].values()] == pytest.approx([*two[row].values()], abs=4.2)
-
-
-WRONG = {
-    "": "no checkpoint given; `python dino.py` makes one",
-    "nowhere.pt": "no checkpoint at nowhere.pt",
-    "x.pt --data bare.npz": "has no labels",
-    "x.pt --temperature 0": "not above 0",
-    "x.pt --dump nowhere/f.npz": "no such folder",
-    "x.pt --k 0": "--k: must be 1 or more",
-    "x.pt --img-size 15": "not a multiple of the patch size, 4",
-    "x.pt --data bands.npz": "takes 3 channels, bands.npz has 2",
-}
-
-
-@pytest.mark.parametrize("options", WRONG)
-def test_wrong_input(npz, capsys, options):
-    encoder("x.pt")
-    with np.load(npz) as z:
-        np.savez("bare.npz", images=z["train_images"])
-        np.savez("bands.npz", images=z["train_images"][..., :2], labels=z["train_labels"])
-    assert WRONG[options] in fails(eval_knn.main, options.split(), capsys)

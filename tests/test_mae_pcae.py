@@ -1,12 +1,9 @@
 """MAE and PCAE: masking, decoding and compression against loops and closed forms; pictures; wrong input."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, fails, losses, network, tiny
-from PIL import Image
+from conftest import close, network, tiny
 
 import mae_pcae
 import vit
@@ -25,9 +22,8 @@ def test_visible_and_hidden_patches_partition_the_grid(ratio):
     both = torch.cat([visible, hidden], dim=1)
     assert torch.equal(both.sort()[0], torch.arange(20).expand(7, 20))
     x = torch.randn(7, 20, 3)
-    assert torch.equal(
-        vit.gather_tokens(vit.gather_tokens(x, both), both.argsort(dim=1)), x
-    )  # un-shuffling restores order
+    again = vit.gather_tokens(vit.gather_tokens(x, both), both.argsort(dim=1))  # un-shuffling restores order
+    assert torch.equal(again, x)
     if ratio:  # the patches with the least noise stay
         assert (noise.gather(1, visible).amax(1) <= noise.gather(1, hidden).amin(1)).all()
 
@@ -68,12 +64,8 @@ def test_mae_loss_against_a_loop(npz, norm_pix):
 @pytest.mark.parametrize("criterion", ["mean", "unit"])
 def test_redundancy_is_the_cosine_to_the_mean(criterion):
     x = torch.randn(2, 5, 8) * torch.rand(2, 5, 1) * 5
-    scores = mae_pcae.CRITERIA[criterion](x)
-    for b in range(2):
-        unit = x[b] / x[b].norm(dim=-1, keepdim=True)
-        mean = x[b].mean(0) if criterion == "mean" else unit.mean(0)
-        expected = [torch.dot(unit[i], mean / mean.norm()) for i in range(5)]
-        close(scores[b], torch.stack(expected))
+    mean = (x if criterion == "mean" else F.normalize(x, dim=-1)).mean(1, keepdim=True)
+    close(mae_pcae.CRITERIA[criterion](x), F.cosine_similarity(x, mean, dim=-1))
 
 
 @torch.no_grad()
@@ -112,19 +104,6 @@ def test_pcae_warns_of_a_teacher_that_hardly_moves(npz, capsys):
     assert "would be left" not in capsys.readouterr().out
 
 
-def test_the_loss_falls(npz):
-    mae_pcae.main(tiny("--lr", 0.05, "--epochs", 30, method="mae"))
-    first, *_, last = losses().values()
-    assert last < first - 0.02 and math.isfinite(last)
-
-
-@pytest.mark.parametrize("method,name,columns", [("mae", "reconstruction", 3), ("pcae", "tokens", 5)])
-def test_pictures(npz, method, name, columns):
-    mae_pcae.main(tiny("--steps", 2, method=method))
-    with Image.open(f"run/{name}.png") as img:
-        assert img.size == (columns * 98 + 2, 4 * 98 + 2 + 14)
-
-
 @torch.no_grad()
 def test_a_picture_of_a_perfect_prediction_is_the_picture(npz, monkeypatch):
     model, x = net(size=(16, 16)), torch.rand(2, 3, 16, 16)
@@ -139,24 +118,3 @@ def test_a_picture_of_a_perfect_prediction_is_the_picture(npz, monkeypatch):
     close(painted, x, rtol=0, atol=1e-3)  # the patch's own mean and variance are undone
     shown = (visible - x).abs().amax(1).unflatten(1, (4, 4)).unflatten(3, (4, 4)).amax((2, 4)) < 1e-5
     assert (shown.sum((1, 2)) == 4).all()  # a quarter of the patches
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "words"),
-    [*(("--mask-ratio", v, "leaves all or none of 16 patches") for v in (0, 0.99, 1))]
-    + [
-        ("--keep", 0, "would keep no token"),
-        ("--keep", 2, "between 0 and 1"),
-        ("--stages", 9, "blocks are numbered 0 to 1"),
-    ],
-)
-def test_masks_that_leave_nothing_are_refused(npz, capsys, option, value, words):
-    assert words in fails(mae_pcae.main, tiny(option, value, method="pcae"), capsys)
-
-
-@pytest.mark.parametrize(
-    "width,words", [(16, "cannot be divided among 3 attention heads"), (18, "is not a multiple of 4")]
-)
-def test_a_width_that_does_not_suit(npz, capsys, width, words):
-    options = tiny(method="mae") + ["--decoder-dim", str(width), "--decoder-heads", "3"]
-    assert words in fails(mae_pcae.main, options, capsys)

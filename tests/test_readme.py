@@ -10,16 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.linux]
 QUICK = "--size test --epochs 2 --steps 4 --batch 8 --warmup 0"  # what a training run's command gets besides
+ACTIVE = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # as in a shell with the venv
 NOT_HERE = ("--index-url", "cifar10", "imagenet", "pip install", "--help")  # downloads, and a GPU's
-
-
-def environment():
-    """That of a shell in which the venv is active."""
-    return dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
 
 
 def test_every_command_of_the_readme_runs():
@@ -37,7 +33,7 @@ def test_every_command_of_the_readme_runs():
             line = line.replace("--epochs 10", "--epochs 1 --labels 0.1")
         line = line.replace("analyze.py", "analyze.py --quick")
         line = line.replace("bench.py", "bench.py --steps 1 --turns 1 --batch 4")
-        done = subprocess.run(line, shell=True, env=environment(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(line, shell=True, env=ACTIVE, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
         if line.startswith(("python eval", "python analyze")):
             last = json.loads(done.stdout.splitlines()[-1])
@@ -57,7 +53,7 @@ def test_reproduce_resumes_where_it_was_cut(npz):
     options = f"--cpu --data {npz} --out out --seeds 2 --minutes 0.01 --finetune-epochs 1 --only".split()
     small = "-- --size test --patch 4 --batch 8 --decoder-dim 24"
     argv = ["bash", ROOT / "reproduce.sh", *options, "mae siameseim", *small.split()]
-    run = lambda: subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=900)
+    run = lambda: subprocess.run(argv, env=ACTIVE, capture_output=True, text=True, timeout=900)
     first = run()
     assert first.returncode == 0, first.stderr[-2000:]
     table = Path("out/table.md").read_text()

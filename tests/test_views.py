@@ -7,6 +7,7 @@ from conftest import close
 from torchvision.transforms import InterpolationMode
 
 import dino
+import siameseim
 import vit
 
 
@@ -33,40 +34,30 @@ def test_crop_resize_orders_views_before_images():
         close(ours[v], alone, rtol=0, atol=1e-6)
 
 
-def each(op, x, values):
-    return torch.stack([op(img, v) for img, v in zip(x, values.tolist(), strict=True)])
+NEUTRAL = dict(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, keep_color=1.0, sigma=0.0, solarize=False)
+VALUES = dict(hue=[-0.1, -0.03, 0.0, 0.04, 0.1, 0.5], sigma=[0.1, 0.4, 0.9, 1.3, 1.7, 2.0])
+VALUES |= dict(keep_color=[0.0, 1.0] * 3, solarize=[True, True, False] * 2)
+THEIRS = dict(brightness=T.adjust_brightness, contrast=T.adjust_contrast, saturation=T.adjust_saturation)
+THEIRS |= dict(hue=T.adjust_hue, keep_color=lambda img, keep: img if keep else T.rgb_to_grayscale(img, 3))
+THEIRS |= dict(sigma=lambda img, s: T.gaussian_blur(img, [13, 13], [s, s]))
+THEIRS |= dict(solarize=lambda img, yes: T.solarize(img, 0.5) if yes else img)
 
 
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue", "gray", "solarize", "blur"])
-def test_color_operations(name):
-    x, factor = images(), torch.tensor([0.6, 0.8, 1.0, 1.1, 1.25, 1.4])
-    shift = torch.tensor([-0.1, -0.03, 0.0, 0.04, 0.1, 0.5])
-    f = factor.view(-1, 1, 1, 1)
-    if name == "brightness":
-        ours, theirs = (x * f).clamp(0, 1), each(T.adjust_brightness, x, factor)
-    elif name == "contrast":
-        ours, theirs = vit.blend(x, vit.gray(x).mean((2, 3), keepdim=True), f), each(T.adjust_contrast, x, factor)
-    elif name == "saturation":
-        ours, theirs = vit.blend(x, vit.gray(x), f), each(T.adjust_saturation, x, factor)
-    elif name == "hue":
-        ours, theirs = vit.shift_hue(x, shift.view(-1, 1, 1, 1)), each(T.adjust_hue, x, shift)
-    elif name == "gray":
-        ours, theirs = vit.blend(x, vit.gray(x), torch.zeros(6, 1, 1, 1)), T.rgb_to_grayscale(x, 3)
-    elif name == "solarize":
-        ours, theirs = torch.where(x >= 0.5, 1 - x, x), T.solarize(x, 0.5)
-    else:
-        sigma = torch.tensor([0.1, 0.4, 0.9, 1.3, 1.7, 2.0])
-        ours, theirs = (
-            vit.gaussian_blur(x, sigma, 6),
-            each(lambda i, s: T.gaussian_blur(i, [13, 13], [s, s]), x, sigma),
-        )
-    close(ours, theirs, rtol=0, atol=1e-4)
-
-
-def test_hue_of_grey_and_pure_colours():
-    x = torch.tensor([[0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]]).view(6, 3, 1, 1)
-    shift = torch.full((6, 1, 1, 1), 1 / 3)
-    close(vit.shift_hue(x, shift), each(T.adjust_hue, x, shift.flatten()), rtol=0, atol=1e-4)
+@pytest.mark.parametrize("method", [dino, siameseim])
+@pytest.mark.parametrize("name", [*THEIRS, "all of them"])
+def test_color_operations(method, name):
+    names = [name] if name in THEIRS else [*THEIRS]
+    values = {k: VALUES.get(k, [0.6, 0.8, 1.0, 1.1, 1.25, 1.4]) for k in names}
+    draws = {k: torch.tensor(values.get(k, [v] * 6))[:, None] for k, v in NEUTRAL.items()}
+    draws |= dict(box=torch.tensor([0.0, 0, 24, 24]).expand(6, 1, 4), flip=torch.zeros(6, 1, dtype=torch.bool))
+    imgs = (images() * 255).byte()
+    imgs[:, :, :2, :3] = torch.tensor([[127, 255, 0], [127, 0, 255], [127, 0, 0]])[:, None]  # grey, red, green
+    expected = []
+    for i, img in enumerate(imgs / 255):
+        for k in names:
+            img = THEIRS[k](img, values[k][i])
+        expected.append(img)
+    close(method.augment(imgs, draws, (24, 24), 1.0, 0.0, 1.0), torch.stack(expected), rtol=0, atol=1e-4)
 
 
 def test_no_blur_is_exact():
@@ -90,9 +81,8 @@ def test_box_that_never_fits_is_the_whole_image():
 
 
 def draws(color, n=4000):
-    return dino.sample_views(
-        n, 2, 32, (32, 32), (0.4, 1), [1.0, 0.1], [0.0, 0.2], color, torch.Generator().manual_seed(1)
-    )
+    g = torch.Generator().manual_seed(1)
+    return dino.sample_views(n, 2, 32, (32, 32), (0.4, 1), [1.0, 0.1], [0.0, 0.2], color, g)
 
 
 def test_draws_are_the_published_augmentation():
@@ -102,12 +92,8 @@ def test_draws_are_the_published_augmentation():
     assert share(d["keep_color"] == 0) == pytest.approx([0.2, 0.2], abs=0.03)
     assert share(d["sigma"] > 0) == pytest.approx([1.0, 0.1], abs=0.02)
     assert share(d["solarize"]) == pytest.approx([0.0, 0.2], abs=0.02)
-    for name, low, high in (
-        ("brightness", 0.6, 1.4),
-        ("contrast", 0.6, 1.4),
-        ("saturation", 0.8, 1.2),
-        ("hue", -0.1, 0.1),
-    ):
+    ranges = dict(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.8, 1.2), hue=(-0.1, 0.1))
+    for name, (low, high) in ranges.items():
         t, neutral = d[name], 0.0 if name == "hue" else 1.0
         assert low <= t.min() < low + 0.01 and high - 0.01 < t.max() <= high
         assert share(t == neutral) == pytest.approx([0.2, 0.2], abs=0.03)
