@@ -67,16 +67,22 @@ def test_a_step_stays_on_the_gpu_and_does_not_wait_for_it(method, mode, accumula
 
 
 @pytest.mark.parametrize("pos", ["learned", "sincos"])
-def test_features_on_a_gpu(pos, mode):
+def test_features_and_knn_on_a_gpu(pos, mode, monkeypatch):
+    """k-NN waits twice, for the number of classes and for the result; both are given here."""
     encoder = vit.ViT(16, 4, pos=pos, **vit.SIZES["test"])
     config = dict(encoder.config, mean=[0.5] * 3, std=[0.3] * 3)
     encoder = on_gpu(mode, encoder.eval())
     with mode:
-        for part in ("cls", "mean", "both"):
-            found = encoder.encode(vit.prepare(images(), config), part)
-            assert found.device.type == "cuda"
-        assert vit.pixels(vit.prepare(images(), config)).device.type == "cuda"
-        assert vit.attention_mask(encoder.attention(vit.prepare(images(), config))[:, :, 0, 1:]).device.type == "cuda"
+        x, labels = vit.prepare(images(), config), torch.zeros(8, dtype=torch.int64, device="cuda")
+        found = [encoder.encode(x, part) for part in ("cls", "mean", "both")]
+        found += [vit.pixels(x), vit.attention_mask(encoder.attention(x)[:, :, 0, 1:])]
+        monkeypatch.setattr(vit, "in_order", lambda *_: None)
+        monkeypatch.setattr(vit, "stream", lambda *_: [images()])
+        found += [vit.features(encoder.encode, range(8), config, torch.device("cuda"))]
+        for name, value in dict(__bool__=lambda _: True, __int__=lambda _: 2, tolist=lambda t: t).items():
+            monkeypatch.setattr(type(labels), name, value)
+        found += vit.knn(found[-1], labels, found[-1], labels)[20]
+        assert len(found) == 8 and all(t.device.type == "cuda" for t in found)
 
 
 def test_measures_on_a_gpu(mode):

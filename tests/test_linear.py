@@ -209,6 +209,7 @@ def test_positions_are_trained_wherever_they_come_from(npz):
     assert not torch.equal(before, checkpoint("f")["encoder"]["pos_embed"])
 
 
+@pytest.mark.slow
 def test_dropping_tokens_costs_less(run):
     """A quarter of ViT-Ti's tokens less is measurable even here; the count of MACs is exact."""
     few = eval_linear.main([*run, "--finetune", "--epochs", "1", "--drop-ratio", "0.5", "--scratch"])["results"]
