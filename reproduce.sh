@@ -34,7 +34,7 @@ script_of() { case $1 in mae | pcae) echo "mae_pcae.py --method $1" ;; *) echo "
 
 recipe() { # what --cpu gives a method, for images of 32 px
     local decoder="--decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
-    local dino="--hidden 512 --prototypes 1024 --lr 2e-3 --warmup .5 --momentum .98 --freeze-last-layer 0 --drop-path 0"
+    local dino="--hidden 512 --prototypes 1024 --lr 2e-3 --warmup 1 --momentum .98 --drop-path 0"
     echo --size nano --batch 128
     case $1 in
     dino) echo --patch 8 $dino --local-crops 4 ;;
