@@ -1,7 +1,4 @@
-"""Runs a script as a user does, but with a minute of 0 seconds between saves: `start.py SCRIPT OPTIONS`.
-
-With IN_MEMORY=0 in the environment images are streamed, as if no set fitted into memory.
-"""
+"""`start.py SCRIPT OPTIONS`: as a user does, but 0 seconds between saves; IN_MEMORY=0 in the environment streams."""
 
 import os
 import runpy

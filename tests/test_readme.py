@@ -1,4 +1,4 @@
-"""The README, command by command, in an empty copy of the repository, made quick; and reproduce.sh from end to end."""
+"""As a reader starts them: the README's commands, made quick, reproduce.sh, the notebook, the hub's entries."""
 
 import json
 import os
@@ -18,9 +18,13 @@ ACTIVE = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 NOT_HERE = ("--index-url", "cifar10", "imagenet", "pip install", "--help")  # downloads, and a GPU's
 
 
-def test_every_command_of_the_readme_runs():
+def copy_of_the_repository():
     for file in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "demo.npz", ROOT / "examples", ROOT / "weights"]:
         (shutil.copytree if file.is_dir() else shutil.copy)(file, file.name)
+
+
+def test_every_command_of_the_readme_runs():
+    copy_of_the_repository()
     text = (ROOT / "README.md").read_text()
     section = text[text.index("## Two commands") : text.index("## Your own images")]
     lines = [line.split("  #")[0].strip() for line in section.splitlines() if re.match(r"    (python|torchrun) ", line)]
@@ -64,6 +68,19 @@ def test_reproduce_resumes_where_it_was_cut(npz):
     assert run().returncode == 0 and Path("out/table.md").read_text() == table
     changed = [str(f) for f, t in before.items() if f.stat().st_mtime_ns != t]
     assert changed == [str(cut)], changed
+
+
+def test_the_tour_runs(monkeypatch):
+    import nbclient
+    import nbformat
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # beside other tests more threads would wait for each other
+    copy_of_the_repository()
+    notebook = nbformat.read(ROOT / "tour.ipynb", as_version=4)
+    drawn = lambda: sum("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", []))
+    assert drawn() == 9 and (ROOT / "tour.ipynb").stat().st_size < 1.5e6  # those that are committed
+    nbclient.NotebookClient(notebook, timeout=600).execute()  # raises where a cell does
+    assert drawn() == 9
 
 
 def test_the_hub_entries_give_the_encoders_of_weights():

@@ -41,7 +41,7 @@ def test_any_shape(size, patch, chans):
 @pytest.mark.parametrize("side", range(8, 225, 8))
 def test_every_multiple_of_the_patch_and_no_other_size(side):
     assert net()(torch.randn(1, 3, side, 2 * side)).shape == (1, 1 + 2 * (side // 8) ** 2, 32)
-    with pytest.raises(vit.InputError, match="not a multiple of the patch size, 8"):
+    with pytest.raises(ValueError, match="not a multiple of the patch size, 8"):
         net()(torch.randn(1, 3, side + 1, side))
 
 
