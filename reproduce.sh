@@ -14,10 +14,10 @@
 # 5 without. --processes: so many share each batch; --cpu: 2, each with one thread.
 set -euo pipefail
 python=$(command -v python || command -v python3)
-methods="dino mae pcae siameseim hybrid" minutes= data=cifar10 out=runs/reproduce seeds=1 cpu= processes=1 rest=()
-gpu=$("$python" -c "import torch; print(torch.cuda.is_available())") finetune=
+methods="dino mae pcae siameseim hybrid" minutes= data=cifar10 out=runs/reproduce
+seeds=1 finetune= cpu= processes=1 rest=()
 while [ $# -gt 0 ]; do
-    [ "$1" = --cpu ] && { cpu=1 gpu=False processes=2; shift; continue; }
+    [ "$1" = --cpu ] && { cpu=1 processes=2; shift; continue; }
     [ "$1" = -- ] || [ $# -gt 1 ] || set -- help # an option without its value
     case $1 in
     --only) methods=$2 ;; --minutes) minutes=$2 ;; --data) data=$2 ;; --out) out=$2 ;; --finetune-epochs) finetune=$2 ;;
@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-finetune=${finetune:-$([ "$gpu" = True ] && echo 100 || echo 5)}
+finetune=${finetune:-$("$python" -c "import torch; print(100 if torch.cuda.is_available() and not '$cpu' else 5)")}
 mkdir -p "$out"
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -56,6 +56,20 @@ train() { # method, folder, options
     # shellcheck disable=SC2046
     start "$here"/$(script_of "$method") --data "$data" --out "$folder" ${cpu:+--device cpu $(recipe "$method")} \
         "$@" ${rest[@]+"${rest[@]}"}
+}
+
+epochs_that_fit() { # method: from the images/s over the last of a few steps
+    local limit=${minutes:-60}
+    if [ "$cpu" ] && [ "$1" != dino ]; then limit=${minutes:-40}; fi
+    rm -rf "$out/speed"
+    train "$1" "$out/speed" --epochs 2 --warmup 0 --steps 40 >&2
+    "$python" - "$out/speed/log.jsonl" "$limit" <<'PY'
+import json, sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+speed = [row["images_per_s"] for row in rows if "images_per_s" in row][-1]
+print(max(2, round(float(sys.argv[2]) * 60 * speed / rows[0]["images"])))
+PY
+    rm -rf "$out/speed"
 }
 
 json() { # file, command: the last line it prints, kept in the file once it has ended well
@@ -99,25 +113,12 @@ PY
 
 for m in $methods; do
     for seed in $(seq 0 $((seeds - 1))); do
-        run=$out/$m-$seed
+        run=$out/$m-$seed epochs=
         mkdir -p "$run"
-        if [ "$minutes" = 0 ]; then
-            rm -f "$out/$m.epochs"
-        elif [ ! -s "$out/$m.epochs" ]; then
-            # images/s over the last of a few steps say how many epochs fit
-            rm -rf "$out/speed"
-            train "$m" "$out/speed" --epochs 2 --warmup 0 --steps 40
-            limit=${minutes:-60}
-            if [ "$cpu" ] && [ -z "$minutes" ] && [ "$m" != dino ]; then limit=40; fi
-            "$python" - "$out/speed/log.jsonl" "$limit" >"$out/$m.epochs" <<'PY'
-import json, sys
-rows = [json.loads(line) for line in open(sys.argv[1])]
-speed = [r["images_per_s"] for r in rows if "images_per_s" in r][-1]
-print(max(2, round(float(sys.argv[2]) * 60 * speed / rows[0]["images"])))
-PY
-            rm -rf "$out/speed"
+        if [ "$minutes" != 0 ]; then
+            [ -s "$out/$m.epochs" ] || epochs_that_fit "$m" >"$out/$m.epochs"
+            epochs=$(cat "$out/$m.epochs")
         fi
-        epochs=$(cat "$out/$m.epochs" 2>/dev/null || true)
         train "$m" "$run" ${epochs:+--epochs "$epochs"} --seed "$seed"
         json "$run/knn.json" "$python" "$here/eval_knn.py" "$run/last.pt" --precision auto
         json "$run/linear.json" "$python" "$here/eval_linear.py" "$run/last.pt"
