@@ -58,15 +58,15 @@ train() { # method, folder, options
         "$@" ${rest[@]+"${rest[@]}"}
 }
 
-epochs_that_fit() { # method: from the images/s over the last of a few steps
+epochs_that_fit() { # method: from the images/s over a few steps
     local limit=${minutes:-60}
     if [ "$cpu" ] && [ "$1" != dino ]; then limit=${minutes:-40}; fi
     rm -rf "$out/speed"
-    train "$1" "$out/speed" --epochs 2 --warmup 0 --steps 40 >&2
+    train "$1" "$out/speed" --epochs 2 --warmup 0 --steps 100 >&2
     "$python" - "$out/speed/log.jsonl" "$limit" <<'PY'
-import json, sys
+import json, statistics, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
-speed = [row["images_per_s"] for row in rows if "images_per_s" in row][-1]
+speed = statistics.median(row["images_per_s"] for row in rows if "images_per_s" in row)
 print(max(2, round(float(sys.argv[2]) * 60 * speed / rows[0]["images"])))
 PY
     rm -rf "$out/speed"
