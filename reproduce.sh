@@ -93,20 +93,21 @@ def cell(values):
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
-head = "| | seeds | epochs | minutes | k-NN, k = 20 | untrained | linear probe | fine-tuned |"
-print(head + "\n" + "|---" * 8 + "|")
+head = "| | seeds | epochs | minutes | k-NN, k = 20 | untrained | linear probe | fine-tuned | from scratch |"
+print(head + "\n" + "|---" * 9 + "|")
 first = next(iter(done.values()))[0]
-print(f"| raw pixels | | | | {near(read(first / 'knn.json')['pixels']):.1f} | | | |")
-for file in sorted(out.glob("scratch-*.json")):
-    print(f"| from scratch, patches of {file.stem[8:]} px | | | | | | | {read(file)['finetuned']:.1f} |")
+print(f"| raw pixels | | | | {near(read(first / 'knn.json')['pixels']):.1f} | | | | |")
 for method, runs in done.items():
     knn = [read(run / "knn.json") for run in runs]
     rows = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in runs]
     minutes = [max(row.get("seconds", 0) for row in log) / 60 for log in rows]
-    epochs = rows[0][0]["args"]["epochs"]
+    args = rows[0][0]["args"]
+    scratch = read(out / f"scratch-{args['patch']}.json")["finetuned"]  # of the same shape
     columns = [[near(r[r["feature"]]) for r in knn], [near(r["untrained"]) for r in knn]]
-    columns += [[read(run / "linear.json")["linear"] for run in runs], [read(run / "finetune.json")["finetuned"] for run in runs]]
-    print(f"| {method} | {len(runs)} | {epochs} | {statistics.mean(minutes):.1f} | " + " | ".join(map(cell, columns)) + " |")
+    for name, key in (("linear", "linear"), ("finetune", "finetuned")):
+        columns.append([read(run / f"{name}.json")[key] for run in runs])
+    cells = [method, len(runs), args["epochs"], f"{statistics.mean(minutes):.1f}", *map(cell, columns), f"{scratch:.1f}"]
+    print("| " + " | ".join(map(str, cells)) + " |")
 PY
     mv "$out/table.part" "$out/table.md"
 }
