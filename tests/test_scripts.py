@@ -230,7 +230,7 @@ def test_bench_measures_a_small_step(method, capsys):
 
 
 def test_tests_that_the_docs_name_are_there():
-    text = "".join((ROOT / f).read_text() for f in ("docs/users.md", "CONTRIBUTING.md"))
+    text = "".join((ROOT / f).read_text() for f in ("docs/users.md", "docs/trust.md", "CONTRIBUTING.md"))
     here = "".join(f.read_text() for f in (ROOT / "tests").glob("*.py"))
     named = set(re.findall(r"`(test_\w+)`", text))
     assert len(named) > 25 and all(f"def {name}(" in here for name in named)
