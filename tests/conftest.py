@@ -30,6 +30,9 @@ NETWORK = dict(dino=dino.DINO, mae=mae_pcae.MAE, pcae=mae_pcae.PCAE, siameseim=s
 NETWORK["hybrid"] = hybrid.Hybrid
 MODULE = dict(dino=dino, mae=mae_pcae, pcae=mae_pcae, siameseim=siameseim, hybrid=hybrid)
 
+SLOW = {m: pytest.param(m, marks=pytest.mark.slow) for m in MAIN if m != "dino"}
+dino_fast = pytest.mark.parametrize("method", ["dino", *SLOW.values()])  # for tests that are long, or of vit.py alone
+
 
 def pytest_collection_modifyitems(config, items):
     """Tests with these marks are left out elsewhere; .ci/run fails where any other test is skipped."""

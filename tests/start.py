@@ -1,4 +1,4 @@
-"""`start.py SCRIPT OPTIONS`: as a user does, but 0 seconds between saves; IN_MEMORY=0 in the environment streams."""
+"""`start.py SCRIPT OPTIONS` runs a script as a user does, but may save at any time; with IN_MEMORY=0 it streams."""
 
 import os
 import runpy

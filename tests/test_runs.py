@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, MAIN, SCRIPT, Mine, checkpoint, close, command, fails, log, losses
+from conftest import DEVICE, MAIN, SCRIPT, SLOW, Mine, checkpoint, close, command, dino_fast, fails, log, losses
 
 # isort: split
 from conftest import pictures, same, spawn, start, tensors, tiny, wait_for
@@ -21,8 +21,6 @@ import dino
 import vit
 
 everywhere = pytest.mark.parametrize("method", MAIN)
-slow = {m: pytest.param(m, marks=pytest.mark.slow) for m in MAIN if m != "dino"}
-dino_fast = pytest.mark.parametrize("method", ["dino", *slow.values()])  # what is long, or vit.py's alone
 linux = pytest.mark.linux
 EXACT = ["--precision", "fp32", "--drop-path", 0]
 
@@ -120,7 +118,7 @@ def test_accumulation_is_the_whole_batch(method, npz):
     nearly("whole", "parts", method)
 
 
-@pytest.mark.parametrize("method", ["dino", "mae", "siameseim", slow["pcae"], slow["hybrid"]])
+@pytest.mark.parametrize("method", ["dino", "mae", "siameseim", SLOW["pcae"], SLOW["hybrid"]])
 def test_two_processes_are_one(method, npz):
     MAIN[method](tiny(*EXACT, "--epochs", 5, batch=16, out="one", method=method))
     parts = 1 if method == "siameseim" else 2  # its BatchNorm is over all processes, not over micro-batches

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN, ROOT, encoder, fails, tiny
+from conftest import MAIN, ROOT, dino_fast, encoder, fails, tiny
 from PIL import Image
 
 import dino
@@ -203,14 +203,12 @@ def test_wrong_input(npz, capsys, command):
         np.savez("bare.npz", images=z["train_images"])
         np.savez("bands.npz", images=z["train_images"][..., :2], labels=z["train_labels"])
     name, *argv = command.split()
-    if name in MAIN:
-        line = fails(MAIN[name], tiny(*argv, method=name), capsys)
-    else:
-        line = fails(importlib.import_module(name).main, argv, capsys)
-    assert WRONG[command] in line
+    main = MAIN.get(name) or importlib.import_module(name).main
+    argv = tiny(*argv, method=name) if name in MAIN else argv
+    assert WRONG[command] in fails(main, argv, capsys)
 
 
-@pytest.mark.parametrize("method", ["dino", *(pytest.param(m, marks=pytest.mark.slow) for m in list(MAIN)[1:])])
+@dino_fast
 def test_bench_measures_a_small_step(method, capsys):
     import bench
 

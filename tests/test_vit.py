@@ -41,8 +41,9 @@ def test_any_shape(size, patch, chans):
 @pytest.mark.parametrize("side", range(8, 225, 8))
 def test_every_multiple_of_the_patch_and_no_other_size(side):
     assert net()(torch.randn(1, 3, side, 2 * side)).shape == (1, 1 + 2 * (side // 8) ** 2, 32)
-    with pytest.raises(ValueError, match="not a multiple of the patch size, 8"):
+    with pytest.raises(vit.InputError, match="not a multiple of the patch size, 8") as error:
         net()(torch.randn(1, 3, side + 1, side))
+    assert isinstance(error.value, ValueError)  # as those who call it from their own code expect
 
 
 def test_positions_at_the_native_size_are_the_parameters_and_elsewhere_bicubic():
