@@ -374,8 +374,8 @@ def finetune(args, vit, train, test, config, device):
     train = train.pick(share_of_labels(train.labels, args.labels, args.seed)) if args.labels < 1 else train
     feature = config["feature"]
     torch.manual_seed(args.seed)
-    args.encoder = sum(p.detach().double().abs().sum().item() for p in vit.parameters())  # compared on resume
     vit = ViT(**vit.config) if args.scratch else vit
+    args.encoder = sum(p.detach().double().abs().sum().item() for p in vit.parameters())  # compared on resume
     vit.pos_embed.requires_grad_(True)
     for block, rate in zip(vit.blocks, torch.linspace(0, args.drop_path, len(vit.blocks)).tolist(), strict=True):
         block.drop_path = rate

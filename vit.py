@@ -474,7 +474,10 @@ def stream(images, keys, device="cpu", workers=2):
         images.labels.share_memory_()  # a worker that replaces a file replaces its label
     keys = (list(zip(i, offsets, strict=True)) for i, offsets in keys)
     how = dict(num_workers=0 if torch.is_tensor(items[0]) else workers, pin_memory=device.type == "cuda")
-    for batch in torch.utils.data.DataLoader(images, batch_sampler=keys, worker_init_fn=in_worker, **how):
+    loader = iter(torch.utils.data.DataLoader(images, batch_sampler=keys, worker_init_fn=in_worker, **how))
+    with contextlib.suppress(AttributeError, ValueError):  # Windows has no SIGCHLD; only the main thread may set it
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anywhere, in a save too; next() will do
+    for batch in loader:
         yield batch.to(device, non_blocking=True)
 
 
@@ -889,7 +892,7 @@ def cli(main):
         except InputError as e:
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
-        except (RuntimeError, ConnectionError) as e:  # ConnectionError: it died while it handed a batch over
+        except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: it died while it handed a batch over
             if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
                 raise
             why = "out of memory? Run the same command again to resume, perhaps with --workers 0"
