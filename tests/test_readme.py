@@ -88,6 +88,6 @@ def test_the_hub_entries_give_the_encoders_of_weights():
     import hubconf
 
     assert all(callable(vars(hubconf)[f"{m}_nano4_cifar10"]) for m in ("dino", "mae", "pcae", "siameseim", "hybrid"))
-    net, config = torch.hub.load(str(ROOT), "dino_nano4_cifar10", source="local")
-    again, _ = torch.hub.load(str(ROOT), "encoder", str(ROOT / "weights/dino-nano4-cifar10.pt"), source="local")
+    net, config = torch.hub.load(str(ROOT), "dino_cifar10", source="local")
+    again, _ = torch.hub.load(str(ROOT), "encoder", str(ROOT / "weights/dino-cifar10.pt"), source="local")
     assert config["method"] == "dino" and torch.equal(net.cls_token, again.cls_token)

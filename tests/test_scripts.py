@@ -111,7 +111,7 @@ def test_the_snippet_in_the_readme_runs():
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     for folder in ("weights", "examples/images"):
         os.makedirs(folder)
-    encoder("weights/dino-nano4-cifar10.pt")
+    encoder("weights/dino-cifar10.pt")
     Image.radial_gradient("L").save("examples/images/0.jpg")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
