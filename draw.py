@@ -4,8 +4,7 @@
     python draw.py runs/mae-demo/last.pt cat.jpg --out pictures      # and reconstruction-cat.png: it has a decoder
     python draw.py dino_deitsmall16_pretrain.pth cat.jpg             # the authors' weights
 
-attention: for each head, where the CLS token attends in the last block, then the most attended patches, which hold
-60 % of it.
+attention: for each head, where the CLS token attends in the last block, then the patches that hold 60 % of it.
 reconstruction: of MAE and the hybrid, what is visible, what the network makes of it, the image. Of PCAE, tokens: the
 image, what the student and the teacher see, and the tokens left after each stage.
 """
@@ -63,15 +62,14 @@ def main(argv=None):
     mean, std = mean_and_std(config, device)
     args.out = args.out or Path(args.checkpoint).parent
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    written = []
+    kind, written = "tokens" if config.get("method") == "pcae" else "reconstruction", []
     for name in args.files:
         x = prepare(read_square(name, config).to(device), config)
-        written.append(Path(args.out) / f"attention-{Path(name).stem}.png")
-        dino.draw_attention(vit, x, mean, std, written[-1])
+        attention, decoded = (Path(args.out) / f"{k}-{Path(name).stem}.png" for k in ("attention", kind))
+        dino.draw_attention(vit, x, mean, std, attention)
         if net:
-            kind = "tokens" if config["method"] == "pcae" else "reconstruction"
-            written.append(Path(args.out) / f"{kind}-{Path(name).stem}.png")
-            mae_pcae.draw(net, x, written[-1])
+            mae_pcae.draw(net, x, decoded)
+        written += [attention, decoded] if net else [attention]
     print("\n".join(map(str, written)))
     return written
 

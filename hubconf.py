@@ -9,4 +9,3 @@ dependencies = ["torch", "torchvision", "einops", "numpy", "PIL", "tqdm"]
 
 for file in sorted((Path(__file__).parent / "weights").glob("*.pt")):
     globals()[file.stem.replace("-", "_")] = functools.partial(encoder, file, quiet=True)
-del file
