@@ -388,9 +388,7 @@ def test_every_preset_takes_two_steps(method, npz, preset):
     assert MAIN[method](options.split())["step"] == 2
 
 
-@pytest.mark.parametrize(
-    "error", [ConnectionResetError(104, "reset"), EOFError(), RuntimeError("DataLoader worker died")]
-)
+@pytest.mark.parametrize("error", [ConnectionResetError(), EOFError(), RuntimeError("DataLoader worker died")])
 def test_a_worker_that_dies_while_it_hands_a_batch_over(error):
     @vit.cli
     def main():
