@@ -136,7 +136,7 @@ PY
 }
 
 if [ "${JOB:-}" ]; then # one of those that `several` starts; sed outlives Ctrl-C, so that the last lines are seen
-    $JOB 2>&1 | (trap '' INT; exec sed "s/^/$JOB: /")
+    $JOB 2>&1 | (trap '' INT; exec sed "s|^|$JOB: |")
     exit
 fi
 runs=() results=() jobs=() shapes=() patches=" "
