@@ -96,7 +96,7 @@ one() { # method, seed
 scratch() { finetune "$out/$1-0" "$out/scratch-$(patch_of "$1")" --scratch; } # a network of the same shape
 
 several() { # lines that call a function above: runs them, --cpu two at a time
-    printf '%s\n' "$@" | xargs -P "$at_once" -I{} env JOB={} bash "$0" ${given[@]+"${given[@]}"}
+    printf '%s\n' "$@" | xargs -P "$at_once" -I{} env REPRODUCE_JOB={} bash "$0" ${given[@]+"${given[@]}"}
 }
 
 table() { # of what is there so far
@@ -135,8 +135,8 @@ PY
     mv "$out/table.$$" "$out/table.md"
 }
 
-if [ "${JOB:-}" ]; then # one of those that `several` starts; sed outlives Ctrl-C, so that the last lines are seen
-    $JOB 2>&1 | (trap '' INT; exec sed "s|^|$JOB: |")
+if [ "${REPRODUCE_JOB:-}" ]; then # one of those that `several` starts; sed outlives Ctrl-C, so that the last lines are seen
+    $REPRODUCE_JOB 2>&1 | (trap '' INT; exec sed "s|^|$REPRODUCE_JOB: |")
     exit
 fi
 runs=() results=() jobs=() shapes=() patches=" "
