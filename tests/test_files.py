@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import vit
 
@@ -60,8 +61,6 @@ def test_demo_is_reproduced():
 
 def test_safetensors_and_the_weights_in_the_repository(tmp_path):
     """weights/*-nano4-*.pt were saved by version 0.1; their features were recorded with it."""
-    from safetensors.torch import load_file, save_file
-
     with np.load(ROOT / "tests/golden/weights.npz") as z:
         x = torch.from_numpy(z["x"])
         assert {f.stem for f in (ROOT / "weights").glob("*-nano4-*.pt")} == set(z.files) - {"x"}

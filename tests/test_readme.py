@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, SCRIPT, environment
+
+import hubconf
 
 pytestmark = [pytest.mark.slow, pytest.mark.linux]
 QUICK = "--size test --epochs 2 --steps 4 --batch 8 --warmup 0"  # what a training run's command gets besides
@@ -53,6 +57,18 @@ def test_every_file_that_the_readme_names_is_there():
     assert len(named) >= 5 and all((ROOT / name).exists() for name in named)
 
 
+@pytest.mark.parametrize("method", SCRIPT)
+def test_results_and_readme_have_the_numbers_of_the_evaluations(method):
+    read = lambda file: [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
+    knn, linear, tuned = (row["results"] for row in read(f"weights/{method}-cifar10.jsonl"))
+    log = read(f"docs/figures/cifar10-{method}.jsonl")
+    numbers = [max(row.get("seconds", 0) for row in log) / 60, knn[knn["feature"]]["20"], knn["untrained"]["20"]]
+    cells = [f"{x:.1f}" for x in (*numbers, linear["linear"], tuned["finetuned"])]
+    results, readme = ((ROOT / f).read_text().replace("*", "") for f in ("RESULTS.md", "README.md"))
+    assert f"| 1 | {log[0]['args']['epochs']} | {' | '.join(cells)} |" in results
+    assert f"| {cells[1]}, {cells[3]} |" in readme
+
+
 def test_reproduce_resumes_where_it_was_cut(npz):
     options = f"--cpu --data {npz} --out out --seeds 2 --minutes 0.01 --finetune-epochs 1 --only".split()
     small = "-- --size test --patch 4 --batch 8 --decoder-dim 24"
@@ -72,9 +88,6 @@ def test_reproduce_resumes_where_it_was_cut(npz):
 
 
 def test_the_tour_runs(monkeypatch):
-    import nbclient
-    import nbformat
-
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # beside other tests more threads would wait for each other
     copy_of_the_repository()
     notebook = nbformat.read(ROOT / "tour.ipynb", as_version=4)
@@ -85,9 +98,7 @@ def test_the_tour_runs(monkeypatch):
 
 
 def test_the_hub_entries_give_the_encoders_of_weights():
-    import hubconf
-
-    assert all(callable(vars(hubconf)[f"{m}_nano4_cifar10"]) for m in ("dino", "mae", "pcae", "siameseim", "hybrid"))
+    assert all(callable(vars(hubconf)[f"{m}_{kind}"]) for m in SCRIPT for kind in ("cifar10", "nano4_cifar10"))
     net, config = torch.hub.load(str(ROOT), "dino_cifar10", source="local")
     again, _ = torch.hub.load(str(ROOT), "encoder", str(ROOT / "weights/dino-cifar10.pt"), source="local")
     assert config["method"] == "dino" and torch.equal(net.cls_token, again.cls_token)
