@@ -60,16 +60,16 @@ def main(argv=None):
     vit, config = load_encoder(args.checkpoint, args.heads)
     vit, net = vit.to(device), load_network(args.checkpoint, config, device)
     mean, std = mean_and_std(config, device)
-    args.out = args.out or Path(args.checkpoint).parent
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    out = Path(args.out or Path(args.checkpoint).parent)
+    out.mkdir(parents=True, exist_ok=True)
     kind, written = "tokens" if config.get("method") == "pcae" else "reconstruction", []
     for name in args.files:
         x = prepare(read_square(name, config).to(device), config)
-        attention, decoded = (Path(args.out) / f"{k}-{Path(name).stem}.png" for k in ("attention", kind))
-        dino.draw_attention(vit, x, mean, std, attention)
+        written.append(out / f"attention-{Path(name).stem}.png")
+        dino.draw_attention(vit, x, mean, std, written[-1])
         if net:
-            mae_pcae.draw(net, x, decoded)
-        written += [attention, decoded] if net else [attention]
+            written.append(out / f"{kind}-{Path(name).stem}.png")
+            mae_pcae.draw(net, x, written[-1])
     print("\n".join(map(str, written)))
     return written
 

@@ -21,7 +21,6 @@ import dino
 import vit
 
 everywhere = pytest.mark.parametrize("method", MAIN)
-linux = pytest.mark.linux
 EXACT = ["--precision", "fp32", "--drop-path", 0]
 
 
@@ -150,7 +149,7 @@ def test_asked_to_stop_it_saves_and_leaves(method, npz, number):
     assert step >= 1 and f"stopped at step {step} " in text and max(losses()) == step
 
 
-@linux
+@pytest.mark.linux
 @dino_fast
 def test_one_run_in_a_folder_and_a_killed_one_does_not_block_the_next(method, npz):
     process = spawn(command(SCRIPT[method], *tiny("--epochs", 500, method=method)))

@@ -79,10 +79,6 @@ def test_dino_s_views_head_and_loss_can_be_copied_alone():
     assert torch.equal(loss(alone), loss(vars(dino)))
 
 
-def commands(text):
-    return [line.split("  #")[0] for line in re.findall(r"^ *((?:python|torchrun \S+) \w+\.py.*)", text, re.M)]
-
-
 def understood(command, npz):
     """Raises SystemExit where a script does not know an option of a command."""
     words = shlex.split(command.split(";")[-1])
@@ -102,7 +98,8 @@ def understood(command, npz):
 @pytest.mark.parametrize("file", ["README.md", *(f.name for f in FILES)])
 def test_commands_in_docstrings_and_the_readme_are_understood(file, npz):
     text = (ROOT / file).read_text()
-    found = commands(text if file == "README.md" else ast.get_docstring(ast.parse(text)))
+    text = text if file == "README.md" else ast.get_docstring(ast.parse(text))
+    found = [line.split("  #")[0] for line in re.findall(r"^ *((?:python|torchrun \S+) \w+\.py.*)", text, re.M)]
     assert len(found) >= {"README.md": 3, "vit.py": 0, "hubconf.py": 0}.get(file, 1)
     for command in found:
         understood(command, npz)
@@ -147,7 +144,6 @@ WRONG = {  # a script or method with its options, and words of the one line that
     "eval_knn x.pt --data bare.npz": "has no labels",
     "eval_knn x.pt --temperature 0": "not above 0",
     "eval_knn x.pt --dump nowhere/f.npz": "no such folder",
-    "eval_knn x.pt --k 0": "--k: must be 1 or more",
     "eval_knn x.pt --img-size 15": "not a multiple of the patch size, 4",
     "eval_knn x.pt --data bands.npz": "takes 3 channels, bands.npz has 2",
     "eval_linear x.pt --scratch": "for --finetune only",
@@ -167,18 +163,23 @@ WRONG = {  # a script or method with its options, and words of the one line that
     "eval_dense x.pt --data empty": "has a mask of the same folder and name",
     "eval_dense x.pt --train voc": "--train and --test: give both",
     "eval_dense x.pt --limit 0": "--limit must be 2 or more",
+    "analyze x.pt --data x": "no such",
     "draw x.pt text.jpg": "text.jpg is not a readable image",
+    "draw nowhere.pt x.jpg": "no checkpoint at nowhere.pt",
     "draw five.pt x.jpg": "3 channels, but the network takes 5",
-    "pcae --mask-ratio 0": "leaves all or none of 16 patches",
     "pcae --keep 0": "would keep no token",
     "pcae --stages 9": "blocks are numbered 0 to 1",
     "mae --decoder-dim 16 --decoder-heads 3": "cannot be divided among 3 attention heads",
     "mae --decoder-dim 18 --decoder-heads 3": "is not a multiple of 4",
     "siameseim --mask-ratio 1": "leaves none of 16 patches",
     "hybrid --mask-ratio 0": "leaves all or none of",
-    "hybrid --weight 2": "argument --weight: must be between 0 and 1",
     "hybrid --ablate mse": "unrecognized arguments: --ablate",
 }
+WRONG |= {f"pcae --mask-ratio {ratio}": "leaves all or none of 16 patches" for ratio in (0, 0.99, 1)}
+for command in ("eval_dense x.pt --mass 7", "pcae --keep 2", "siameseim --mask-ratio -1", "hybrid --weight 2"):
+    WRONG[command] = f"argument {command.split()[-2]}: must be between 0 and 1"
+for command in ("eval_knn x.pt --k 0", "analyze x.pt --limit 0", "analyze x.pt --batch 0"):
+    WRONG[command] = f"argument {command.split()[-2]}: must be 1 or more"
 for name in ("eval_knn", "eval_linear", "eval_dense", "analyze"):
     WRONG[name] = "no checkpoint given; `python dino.py` makes one"
     WRONG[f"{name} nowhere.pt"] = "no checkpoint at nowhere.pt"
