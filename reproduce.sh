@@ -75,10 +75,12 @@ json() { # file, command: the last line it prints, kept in the file once it has 
     [ -s "$file" ] || { "$@" ${cpu:+--device cpu} --json "$file.part" >&2 && mv "$file.part" "$file"; }
 }
 
+decay() { case $data in *demo.npz) echo --layer-decay 1 ;; esac } # so few steps, with decay, do not move the first blocks
+
 finetune() { # folder, where to write, options
     local run=$1 to=$2; shift 2
     json "$to.json" "$python" "$here/eval_linear.py" "$run/last.pt" --finetune --epochs "$finetune" --out "$to" \
-        ${cpu:+--batch 64 --mixup 0 --drop-path 0} "$@"
+        ${cpu:+--batch 64 --mixup 0 --drop-path 0 $(decay)} "$@"
 }
 
 patch_of() { head -n 1 "$out/$1-0/log.jsonl" | grep -o '"patch": [0-9]*' | grep -o '[0-9]*'; }
