@@ -83,7 +83,10 @@ finetune() { # folder, where to write, options
         ${cpu:+--batch 64 --mixup 0 --drop-path 0 $(decay)} "$@"
 }
 
-patch_of() { head -n 1 "$out/$1-0/log.jsonl" | grep -o '"patch": [0-9]*' | grep -o '[0-9]*'; }
+shape_of() { # the side of a patch, and the token that is read
+    local patch; patch=$(head -n 1 "$out/$1-0/log.jsonl" | grep -o '"patch": [0-9]*' | grep -o '[0-9]*')
+    case $1 in dino | hybrid) echo "$patch-cls" ;; *) echo "$patch-mean" ;; esac
+}
 
 one() { # method, seed
     local run=$out/$1-$2 epochs=
@@ -96,7 +99,7 @@ one() { # method, seed
     table
 }
 
-scratch() { finetune "$out/$1-0" "$out/scratch-$(patch_of "$1")" --scratch; } # a network of the same shape
+scratch() { finetune "$out/$1-0" "$out/scratch-$(shape_of "$1")" --scratch; } # a network of the same shape
 
 several() { # lines that call a function above: runs them, --cpu two at a time
     printf '%s\n' "$@" | xargs -P "$at_once" -I{} env REPRODUCE_JOB={} bash "$0" ${given[@]+"${given[@]}"}
@@ -128,7 +131,8 @@ for method, runs in done.items():
     rows = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in runs]
     minutes = [max(row.get("seconds", 0) for row in log) / 60 for log in rows]
     args = rows[0][0]["args"]
-    scratch = [read(file)["finetuned"] for file in out.glob(f"scratch-{args['patch']}.json")]  # of the same shape
+    shape = f"{args['patch']}-{knn[0]['feature']}"
+    scratch = [read(file)["finetuned"] for file in out.glob(f"scratch-{shape}.json")]
     columns = [[near(r[r["feature"]]) for r in knn], [near(r["untrained"]) for r in knn]]
     for name, key in (("linear", "linear"), ("finetune", "finetuned")):
         columns.append([read(run / f"{name}.json")[key] for run in runs])
@@ -142,7 +146,7 @@ if [ "${REPRODUCE_JOB:-}" ]; then # one of those that `several` starts; sed outl
     $REPRODUCE_JOB 2>&1 | (trap '' INT; exec sed "s|^|$REPRODUCE_JOB: |")
     exit
 fi
-runs=() results=() jobs=() shapes=() patches=" "
+runs=() results=() jobs=() scratch=() shapes=" "
 for m in $methods; do
     [ "$minutes" = 0 ] || [ -s "$out/$m.epochs" ] || epochs_that_fit "$m" >"$out/$m.epochs"
     for seed in $(seq 0 $((seeds - 1))); do
@@ -152,10 +156,10 @@ for m in $methods; do
 done
 several "${jobs[@]}"
 for m in $methods; do
-    patch=$(patch_of "$m")
-    case $patches in *" $patch "*) ;; *) shapes+=("scratch $m") patches+="$patch " ;; esac
+    shape=$(shape_of "$m")
+    case $shapes in *" $shape "*) ;; *) scratch+=("scratch $m") shapes+="$shape " ;; esac
 done
-several "${shapes[@]}"
+several "${scratch[@]}"
 table
 json "$out/analysis.json" "$python" "$here/analyze.py" "${runs[@]}" --out "$out/analysis" --results "${results[@]}"
 cat "$out/table.md"
