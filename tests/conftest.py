@@ -175,7 +175,7 @@ def command(script, *options, processes=1, quick=False):
 
 
 def environment(**more):
-    return dict(os.environ, OMP_NUM_THREADS="1", **more)
+    return dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", **more)
 
 
 def start(script, *options, processes=1, timeout=120):
