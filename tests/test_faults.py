@@ -34,15 +34,14 @@ KILLS = int(os.environ.get("KILLS", 3))
 def kill_at_random_moments(name, argv):
     """Importing, loading, training, saving: it is killed wherever it happens to be, and started again."""
     moments, resumed = random.Random(0), 0
-    for i in range(KILLS):
-        process = spawn(argv)  # every other run must train first, as a start takes long where the disk is slow
-        heard = "" if i % 2 else next(line for line in process.stdout if "step " in line)
-        time.sleep(moments.uniform(0, 6))
-        process.kill()
-        resumed += "resumes after step" in heard + process.communicate()[0]
+    for _ in range(KILLS):
+        process = spawn(argv)
+        time.sleep(moments.uniform(3, 10))
+        process.send_signal(signal.SIGKILL)
+        resumed += "resumes after step" in process.communicate()[0]
         assert process.returncode == -9
     print(f"{name}: {resumed} of {KILLS} runs had resumed when they were killed")
-    assert resumed >= (KILLS - 1) // 2
+    assert resumed >= KILLS // 2
 
 
 @pytest.mark.parametrize("method,in_memory", [*((m, vit.IN_MEMORY) for m in SCRIPT), ("dino", 0)])
@@ -85,7 +84,8 @@ def test_one_of_two_processes_dies(npz):
     ranks = [pid for pid in children(process.pid) if trains(pid)]
     os.kill(ranks[-1], signal.SIGKILL)
     text = process.communicate(timeout=60)[0]
-    assert process.returncode != 0 and "SIGKILL" in text and not any(map(trains, ranks))
+    assert process.returncode != 0 and "SIGKILL" in text
+    assert not any(map(trains, ranks))
 
 
 @pytest.mark.parametrize("method", SCRIPT)
