@@ -84,8 +84,10 @@ finetune() { # folder, where to write, options
 }
 
 shape_of() { # the side of a patch, and the token that is read
-    local patch; patch=$(head -n 1 "$out/$1-0/log.jsonl" | grep -o '"patch": [0-9]*' | grep -o '[0-9]*')
-    case $1 in dino | hybrid) echo "$patch-cls" ;; *) echo "$patch-mean" ;; esac
+    local patch token
+    patch=$(sed -n '1s/.*"patch": \([0-9]*\).*/\1/p' "$out/$1-0/log.jsonl")
+    token=$(sed -n 's/.*"feature": "\([a-z]*\)".*/\1/p' "$out/$1-0/knn.json")
+    echo "$patch-$token"
 }
 
 one() { # method, seed
