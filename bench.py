@@ -122,7 +122,7 @@ def measure(run, steps, build):
     """
     device = launch(run)
     step, parts = build(run, device)
-    side = run.img_size[0] if run.img_size[0] <= 64 else 2 * run.img_size[0]  # what the loader would give
+    side = run.img_size if run.img_size <= 64 else 2 * run.img_size  # what the loader would give
     images = Images(torch.randint(0, 256, (run.batch, 3, side, side), dtype=torch.uint8))
     loader = stream(images, in_order(images, run.batch) * (2 * steps + 3), device, run.workers)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -18,13 +18,14 @@ becoming uniform.
 Symbols of the paper: g_s = net.student, g_t = net.teacher, c = net.center, m = --center-momentum, lambda (l in
 Algorithm 1) = schedule.momentum, which begins at --momentum, K = --prototypes, tau_t = schedule.teacher_temp, tau_s =
 student_temp in dino_loss. Read sections 1, 3 and 4 of vit.py too. Change dino_loss for another loss, sample_views and
-augment for another augmentation, and ViT(...) in DINO for another backbone, a subclass of ViT.
+augment for another augmentation; another backbone, a subclass of ViT, is given to main(backbone=...).
 
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order (theirs: drawn for each
   image), no rounding to 8 bits in between, a true Gaussian blur (Pillow's: box blurs), sigma in px of a 224 px image.
-- Images are decoded as squares, at a random place if oblong, of the network's size (above 64 px, of up to twice that),
-  and crops are taken from these (theirs: from the whole image).
+- Images are decoded as squares of the network's size (above 64 px, of up to twice that), and crops are taken from
+  these (theirs: from the whole image). The square is the middle of an oblong image, or, of sets too large for memory, a
+  random place along its long side.
 - Position embeddings are interpolated to the exact size (see vit.py). Mean and std are those of the data set.
 - A gradient that is not finite skips the step (theirs: a loss that is not finite ends the run).
 - --batch counts all processes and micro-batches. Precision is bf16 where the hardware has it (theirs: fp16).
@@ -47,7 +48,7 @@ from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over
 from vit import micro_batches, my_rows, set_rates
 from vit import attention_mask, save_grid  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, MANY, PAIR, SHARE, Run, cli, launch, load_data, options, shape_of  # 7 runs
+from vit import COMMON, COUNT, MANY, SHARE, Run, ablate, check_momentum, cli, launch, load_data, options, shape_of  # 7
 
 ABLATIONS = {  # the options that they change
     "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, the entropy falls to 0
@@ -61,7 +62,7 @@ ABLATIONS = {  # the options that they change
 OPTIONS = COMMON | dict(
     size=(["nano", "tiny", "small", "small"], "width, depth and heads of the network", dict(choices=SIZES)),
     patch=([4, 4, 8, 16], "patch size, px", COUNT),
-    img_size=([32, None, 96, 224], "input of the network, px: one number, or height and width", PAIR),
+    img_size=([32, None, 96, 224], "side of the network's input, px", COUNT),
     epochs=([6, 100, 100, 100], "length of the run; the schedules follow it", COUNT),
     batch=([64, 256, 256, 512], "images in an optimiser step, over all processes and micro-batches", COUNT),
     lr=([2e-3, 1e-3, 5e-4, 5e-4], "learning rate for batch 256; scaled with the batch"),
@@ -88,14 +89,14 @@ OPTIONS = COMMON | dict(
 # views: crops and colours --------------------------------------------------------------------------------------------
 
 
-def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
+def sample_views(batch, views, side, scale, blur, solarize, color, g):
     """All random numbers of `views` crops of each image, (batch, views, ...): BYOL's augmentation.
 
-    side: of the images, px. size (h, w): of the views. scale: area of the crops. blur, solarize: a probability for
-    each view. color: strength of the rest, 1 as published.
+    side: of the images, px. scale: area of the crops. blur, solarize: a probability for each view. color: strength of
+    the rest, 1 as published.
     """
     rand = lambda: torch.rand((batch, views), generator=g)
-    draws = dict(box=sample_boxes((batch, views), side, scale, size[1] / size[0], g), flip=rand() < 0.5)
+    draws = dict(box=sample_boxes((batch, views), side, scale, g), flip=rand() < 0.5)
     jitter = rand() < 0.8  # all four or none
     factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
     draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
@@ -108,14 +109,14 @@ def sample_views(batch, views, side, size, scale, blur, solarize, color, g):
 
 def sample_step(args, step, side):
     """All random numbers of a step: those of the two global views and of the local ones, for the whole batch."""
-    g, local = seeded(args.seed, step), [args.local_size] * 2
-    draw = lambda n, size, scale, *odds: sample_views(args.batch, n, side, size, scale, *odds, args.color, g)
-    global_draws = draw(2, args.img_size, args.global_scale, [1.0, 0.1], [0.0, 0.2])  # odds of blur, of solarization
-    return global_draws, draw(args.local_crops, local, args.local_scale, [0.5], [0.0])  # one for all local views
+    g = seeded(args.seed, step)
+    draw = lambda n, scale, *odds: sample_views(args.batch, n, side, scale, *odds, args.color, g)
+    global_draws = draw(2, args.global_scale, [1.0, 0.1], [0.0, 0.2])  # odds of blur, of solarization
+    return global_draws, draw(args.local_crops, args.local_scale, [0.5], [0.0])  # one for all local views
 
 
 def augment(imgs, draws, size, unit, mean, std):
-    """uint8 (B, C, S, S) and what sample_views drew -> normalised views (V·B, C, h, w), view by view.
+    """uint8 (B, C, S, S) and what sample_views drew -> normalised views (V·B, C, size, size), view by view.
 
     unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
     """
@@ -171,11 +172,11 @@ class DINO(nn.Module):
 
     feature = "cls"  # what evaluation reads
 
-    def __init__(self, shape, args, mean, std):
+    def __init__(self, shape, args, mean, std, backbone=ViT):
         super().__init__()
         head = lambda: DINOHead(shape["dim"], args.prototypes, args.hidden, norm_last_layer=args.norm_last_layer)
-        self.student = Network(ViT(**shape, drop_path=args.drop_path), head())
-        self.teacher = Network(ViT(**shape), head()).requires_grad_(False)
+        self.student = Network(backbone(**shape, drop_path=args.drop_path), head())
+        self.teacher = Network(backbone(**shape), head()).requires_grad_(False)
         self.register_buffer("center", torch.zeros(args.prototypes))
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
@@ -208,11 +209,11 @@ def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
 
 def outputs(net, imgs, d_global, d_local, args):
     """The student's outputs for all V views (V, B, K), and the teacher's for the two global ones (2, B, K)."""
-    unit = max(args.img_size) / 224
+    unit = args.img_size / 224
     global_views = net.augment(imgs, d_global, args.img_size, unit, net.mean, net.std)  # (2·B, C, h, w)
     local_views = []
     if args.local_crops:
-        local_views = [net.augment(imgs, d_local, [args.local_size] * 2, unit, net.mean, net.std)]  # (local·B, ...)
+        local_views = [net.augment(imgs, d_local, args.local_size, unit, net.mean, net.std)]  # (local·B, ...)
     with autocast(imgs.device, args.precision):
         with torch.no_grad():
             t = net.teacher(global_views)
@@ -316,22 +317,26 @@ def draw_attention(vit, x, mean, std, file):
 
 
 @cli
-def main(argv=None, images=None):
+def main(argv=None, images=None, backbone=ViT):
     args = options(__doc__, OPTIONS, argv, method="dino")
+    ablate(args, ABLATIONS)
     device = launch(args)
     train, test = load_data(args, OPTIONS, images)  # opened, options settled, decoded if it fits into memory
-    vars(args).update(ABLATIONS.get(args.ablate, {}))
+    if len(args.teacher_temp) > 2:
+        raise InputError(f"--teacher-temp {args.teacher_temp}: give one temperature, or the first and the last")
     if args.local_crops and args.local_size % args.patch:
         raise InputError(f"--local-size {args.local_size} is not a multiple of --patch {args.patch}: change one")
 
     torch.manual_seed(args.seed)
-    net = DINO(shape_of(args, train.channels), args, *train.stats()).to(device)
+    net = DINO(shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.student.vit, net)
     optimizer, scaler = adamw(net.student, args.precision)
     run = Run(args, net, net.teacher.vit, optimizer, scaler, train, test)
     run.resume()
     run.baselines()
+    if args.ablate != "no-momentum":
+        check_momentum(args.momentum, run.total)
     if args.compile:
         net.compile()
 

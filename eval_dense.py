@@ -105,6 +105,8 @@ def load_splits(args, side):
         pairs = [(x[~test], m[~test]), (x[test], m[test])]
     values = torch.cat([torch.zeros(1).long(), *(m.unique() for _, m in pairs)]).unique()
     values = values[values != 255]
+    if values.tolist() == [0] and any((m == 255).any() for _, m in pairs):
+        raise InputError("masks of 0 and 255 alone: 255 is left out of all measures, store the foreground as 1")
     if not 1 < len(values) <= 255:
         raise InputError(f"{len(values)} classes besides 255 in masks of {args.data or args.train}: 2 to 255 needed")
     return [(x, torch.searchsorted(values, m).where(m != 255, 255)) for x, m in pairs], len(values)
@@ -196,8 +198,6 @@ def main(argv=None):
         raise InputError("--limit must be 2 or more, --mass above 0")
     device = launch(args, alone=True)
     vit, config = open_encoder(args)
-    if config["img_size"][0] != config["img_size"][1]:
-        raise InputError(f"{args.checkpoint} takes {config['img_size']} px: give one --img-size, masks are square here")
     if config["in_chans"] != 3:
         raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, the images here have 3")
     (train, test), classes = load_splits(args, config["img_size"][0])

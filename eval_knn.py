@@ -25,11 +25,11 @@ from eval_linear import EVALUATION, open_encoder, open_labelled, report
 from vit import InputError, ViT  # 1 network
 from vit import mean_over_processes, processes  # 4 training step
 from vit import features, knn, pixels  # 5 evaluation
-from vit import PAIR, PRECISION, cli, launch, options  # 7 runs
+from vit import COUNT, MANY, PRECISION, cli, launch, options  # 7 runs
 
 OPTIONS = EVALUATION | dict(
     precision=("fp32", *PRECISION[1:]),
-    k=((1, 5, 10, 20, 100, 200), "numbers of neighbours", PAIR),
+    k=((1, 5, 10, 20, 100, 200), "numbers of neighbours", COUNT | MANY),
     temperature=(0.07, "of the votes"),
     baselines=(True, "also measure raw pixels and the untrained network"),
     dump=(None, "write train_cls, train_mean, train_labels, test_..., classes to this .npz", dict(metavar="FILE")),

@@ -29,7 +29,6 @@ with --augment. Fine-tuning: no RandAugment, random erasing and cutmix; crops of
 deviation of .01 (theirs: 2e-5). --scratch is this recipe without layer decay, not theirs for training from scratch.
 """
 
-import json
 import math
 import time
 import timeit
@@ -48,7 +47,7 @@ from vit import crop_resize, sample_boxes  # 3 views
 from vit import autocast, average_and_clip, cosine, mean_over_processes, my_rows, processes  # 4 training step
 from vit import features, gather  # 5 evaluation
 from vit import load_checkpoint, load_encoder, reading, save_checkpoint  # 6 checkpoints
-from vit import COUNT, DATA_HELP, DEVICE, PRECISION, SHARE, Run, cli, launch, options  # 7 runs
+from vit import COUNT, DATA_HELP, DEVICE, PRECISION, SHARE, Run, cli, launch, options, to_json  # 7 runs
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 EVALUATION = dict(  # the options of every evaluation
@@ -99,6 +98,8 @@ def open_encoder(args):
         config["img_size"] = vit.config["img_size"] = [args.img_size] * 2
         grid = ViT.grid_of(config["img_size"], vit.patch)
         vit.pos_embed.data, vit.grid = vit.positions(grid).data.clone(), grid
+    if len(set(config["img_size"])) > 1:
+        raise InputError(f"{args.checkpoint} takes {config['img_size']} px, but images are cut square: give --img-size")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise InputError(f"--json {args.json}: no such folder")
     return vit, config
@@ -108,8 +109,9 @@ def open_labelled(args, config, whole=False):
     """Labelled training and test images of the size that the network needs; fills in args.data. whole: open_images."""
     args.data = args.data or config.get("data", "demo.npz")
     sets = open_images(args.data, whole=whole)
-    if any(s.labels is None for s in sets):
-        raise InputError(f"--data {args.data} has no labels: this needs class folders, or labels in the .npz")
+    if any(s is None or s.labels is None for s in sets):
+        needs = "two class folders, or labels in the .npz, and images enough to hold some out for testing"
+        raise InputError(f"--data {args.data} cannot be tested on: this needs {needs}")
     if sets[0].channels != config["in_chans"]:
         raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets[0].channels}")
     side, quiet = resize_side(config["img_size"]), processes()[0] > 0
@@ -121,9 +123,9 @@ def report(task, args, config, results):
     result = dict(task=task, checkpoint=args.checkpoint, method=config.get("method"), data=args.data)
     result |= dict(args=vars(args), results=results)
     if processes()[0] == 0:
-        print(json.dumps(result), flush=True)
+        print(to_json(result), flush=True)
         if args.json:
-            Path(args.json).write_text(json.dumps(result) + "\n")
+            Path(args.json).write_text(to_json(result) + "\n")
     return result
 
 
@@ -143,12 +145,12 @@ def share_of_labels(labels, share, seed=0):
     return order.tolist()
 
 
-def sample_mixes(args, step, side, config):
+def sample_mixes(args, step, side):
     """All random numbers of a step, for the whole batch: a crop, a flip, and mixup's weight, at least one half."""
-    g, (h, w), weight = seeded(args.seed, step), config["img_size"], torch.ones(args.batch, dtype=torch.float64)
+    g, weight = seeded(args.seed, step), torch.ones(args.batch, dtype=torch.float64)
     if args.mixup:
         weight = torch.from_numpy(np.random.default_rng([args.seed, step]).beta(args.mixup, args.mixup, args.batch))
-    box = sample_boxes((args.batch, 1), side, args.crop_scale, w / h, g)
+    box = sample_boxes((args.batch, 1), side, args.crop_scale, g)
     flip = torch.rand((args.batch, 1), generator=g) < 0.5
     return dict(box=box, flip=flip, weight=torch.maximum(weight, 1 - weight).float())
 
@@ -271,9 +273,9 @@ def probe(args, net, train, test, config, device):
         keys, small = list(batches(n, batch, 0, total, args.seed)), SimpleNamespace(**vars(args) | dict(batch=batch))
         mean, std = mean_and_std(config, device)
         for step, ((index, _), imgs) in enumerate(zip(keys, stream(train, keys, device, args.workers), strict=True)):
-            draws = my_rows(sample_mixes(small, step, train.side, config), device)
+            draws = my_rows(sample_mixes(small, step, train.side), device)
             with torch.no_grad(), autocast(device, args.precision):
-                crops = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], config["img_size"])
+                crops = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], config["img_size"][0])
                 found = net.encode((crops - mean) / std).float()
             yield torch.cat(gather(found)), torch.cat(gather(y[index]))
 
@@ -402,9 +404,9 @@ def finetune(args, vit, train, test, config, device):
     warmup = min(5, args.epochs / 10) * run.steps_per_epoch
     for step, imgs in run.steps(train):
         lr = cosine(step, run.total, args.lr * batch / 256, 1e-6, warmup)
-        draws = my_rows(sample_mixes(args, step, train.side, config), device)
+        draws = my_rows(sample_mixes(args, step, train.side), device)
         y = labels[torch.as_tensor(run.index).to(device, non_blocking=True)]
-        loss = finetune_step(net, optimizer, scaler, imgs, y, draws, lr, config["img_size"], args)
+        loss = finetune_step(net, optimizer, scaler, imgs, y, draws, lr, config["img_size"][0], args)
         if run.log_due(step):
             value = mean_over_processes(loss).item()
             run.log(step, loss=value, lr=lr)

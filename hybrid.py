@@ -33,7 +33,7 @@ from vit import prepare  # 2 images
 from vit import adamw, autocast, average_and_clip, ema_update, mean_over_processes, micro_batches  # 4 training step
 from vit import my_rows, set_rates
 from vit import start_from  # 6 checkpoints
-from vit import COUNT, SHARE, Run, cli, launch, load_data, options, shape_of  # 7 runs
+from vit import COUNT, SHARE, Run, check_momentum, cli, launch, load_data, options, shape_of  # 7 runs
 
 MAE_OPTIONS = ("mask_ratio", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "crop_scale")
 OPTIONS = {k: row for k, row in dino.OPTIONS.items() if k != "ablate"}
@@ -48,12 +48,12 @@ class Hybrid(nn.Module):
 
     feature = "cls"  # what evaluation reads
 
-    def __init__(self, shape, args, mean, std):
+    def __init__(self, shape, args, mean, std, backbone=ViT):
         super().__init__()
         head = lambda: DINOHead(shape["dim"], args.prototypes, args.hidden, norm_last_layer=args.norm_last_layer)
-        self.mae = mae_pcae.MAE(shape, args, mean, std, pos="learned")
+        self.mae = mae_pcae.MAE(shape, args, mean, std, backbone, pos="learned")
         self.student = Network(self.mae.vit, head())
-        self.teacher = Network(ViT(**shape), head()).requires_grad_(False)
+        self.teacher = Network(backbone(**shape), head()).requires_grad_(False)
         self.register_buffer("center", torch.zeros(args.prototypes))
         self.augment = dino.augment
         self.start_teacher()
@@ -121,19 +121,20 @@ def distance(a, b):
 
 
 @cli
-def main(argv=None, images=None):
+def main(argv=None, images=None, backbone=ViT):
     args = options(__doc__, OPTIONS, argv, method="hybrid")
     device = launch(args)
     train, test = load_data(args, OPTIONS, images)
 
     torch.manual_seed(args.seed)
-    net = Hybrid(shape_of(args, train.channels), args, *train.stats()).to(device)
+    net = Hybrid(shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.mae.vit, net)
     optimizer, scaler = adamw(net, args.precision)
     run = Run(args, net, net.teacher.vit, optimizer, scaler, train, test)
     run.resume()
     run.baselines()
+    check_momentum(args.momentum, run.total)
     if args.compile:
         net.compile()
 

@@ -21,11 +21,12 @@ patches the student does not. The tokens of an image are redundant, so the teach
 similar to the mean token; attention has spread their content to the others by then. The student predicts what is left.
 
 Read sections 1, 3 and 4 of vit.py too. Change forward for another loss or target, sample_step and augment for another
-augmentation, ViT(...) for another backbone, a subclass of ViT.
+augmentation; another backbone, a subclass of ViT, is given to main(backbone=...).
 
 Differs from the authors' code:
-- Crops and flips run on the device for the whole batch, without rounding to 8 bits. Images are decoded as squares, at
-  a random place if oblong, of the network's size (above 64 px, of up to twice that). Mean and std: of the data set.
+- Crops and flips run on the device for the whole batch, without rounding to 8 bits. Images are decoded as squares of
+  the network's size (above 64 px, of up to twice that): the middle of an oblong image, or, of sets too large for
+  memory, a random place along its long side. Mean and std are those of the data set.
 - The encoder's linear layers start from a truncated normal of 0.02, its patch embedding from PyTorch's default (theirs:
   Xavier-uniform, as the decoder here: smaller weights learn for long from positions alone). --norm-pix is on.
 - PCAE: the paper's criterion, cosine to the mean token (theirs: to the mean of unit vectors, --criterion unit). The
@@ -51,14 +52,14 @@ from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over
 from vit import micro_batches, my_rows, set_rates
 from vit import save_grid, spread  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, PAIR, SHARE, Run, check_momentum, cli, launch, load_data, options, shape_of  # 7 runs
+from vit import COMMON, COUNT, SHARE, Run, check_momentum, cli, launch, load_data, options, shape_of  # 7 runs
 
 # name=(default, help[, arguments for argparse]); four defaults are for the presets demo, 32, 96, 224 (the authors')
 OPTIONS = COMMON | dict(
     method=("mae", "mae: pixels; pcae: features of a momentum encoder", dict(choices=("mae", "pcae"))),
     size=(["nano", "tiny", "small", "base"], "width, depth and heads of the network", dict(choices=SIZES)),
     patch=([4, 4, 8, 16], "patch size, px", COUNT),
-    img_size=([32, None, 96, 224], "input of the network, px: one number, or height and width", PAIR),
+    img_size=([32, None, 96, 224], "side of the network's input, px", COUNT),
     epochs=([16, 400, 400, 400], "length of the run (PCAE on the demo set: 24)", COUNT),
     batch=([64, 512, 512, 4096], "images in a step, all processes and micro-batches (PCAE, demo: 32)", COUNT),
     lr=([8e-3, 1e-3, 3e-4, 1.5e-4], "learning rate for batch 256; scaled with the batch"),
@@ -85,16 +86,16 @@ PCAE_OPTIONS = dict(epochs=([24, 400, 400, 400], ""), batch=([32, 512, 512, 4096
 
 def sample_step(args, step, side):
     """All random numbers of a step, for the whole batch: a crop, a flip, and noise that orders the patches (B, N)."""
-    g, (h, w) = seeded(args.seed, step), args.img_size
+    g = seeded(args.seed, step)
     return dict(
-        box=sample_boxes((args.batch, 1), side, args.crop_scale, w / h, g),
+        box=sample_boxes((args.batch, 1), side, args.crop_scale, g),
         flip=torch.rand((args.batch, 1), generator=g) < 0.5,
-        noise=torch.rand((args.batch, h * w // args.patch**2), generator=g),
+        noise=torch.rand((args.batch, (args.img_size // args.patch) ** 2), generator=g),
     )
 
 
 def augment(imgs, draws, size, mean, std):
-    """uint8 (B, C, S, S) -> normalised random resized crops (B, C, h, w)."""
+    """uint8 (B, C, S, S) -> normalised random resized crops (B, C, size, size)."""
     return (crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size) - mean) / std
 
 
@@ -130,9 +131,9 @@ class MAE(nn.Module):
 
     feature = "mean"  # what evaluation reads
 
-    def __init__(self, shape, args, mean, std, out=None, pos="sincos"):
+    def __init__(self, shape, args, mean, std, backbone=ViT, out=None, pos="sincos"):
         super().__init__()
-        self.vit = ViT(**shape, pos=pos, drop_path=args.drop_path)
+        self.vit = backbone(**shape, pos=pos, drop_path=args.drop_path)
         self.patch, self.mask_ratio, self.norm_pix, dim = args.patch, args.mask_ratio, args.norm_pix, args.decoder_dim
         n = self.vit.grid[0] * self.vit.grid[1]
         if not 0 < int(n * (1 - args.mask_ratio)) < n:
@@ -187,9 +188,9 @@ CRITERIA = dict(  # redundancy of each token of x (B, N, D), as (B, N): the most
 class PCAE(MAE):
     """MAE's encoder and decoder; they predict the teacher's features, at the few patches that the teacher keeps."""
 
-    def __init__(self, shape, args, mean, std):
-        super().__init__(shape, args, mean, std, out=shape["dim"])
-        self.teacher = ViT(**shape, pos="sincos").requires_grad_(False)
+    def __init__(self, shape, args, mean, std, backbone=ViT):
+        super().__init__(shape, args, mean, std, backbone, out=shape["dim"])
+        self.teacher = backbone(**shape, pos="sincos").requires_grad_(False)
         depth = shape["depth"]
         self.stages = args.stages if args.stages is not None else [depth // 3 * i for i in range(3)]
         self.keep, self.redundancy = args.keep, CRITERIA[args.criterion]
@@ -298,14 +299,14 @@ def draw(net, x, file):
 
 
 @cli
-def main(argv=None, images=None):
+def main(argv=None, images=None, backbone=ViT):
     args = options(__doc__, OPTIONS, argv)
     device = launch(args)
     table = OPTIONS | PCAE_OPTIONS if args.method == "pcae" else OPTIONS
     train, test = load_data(args, table, images)  # opened, options settled, decoded if it fits into memory
 
     torch.manual_seed(args.seed)
-    net = METHODS[args.method](shape_of(args, train.channels), args, *train.stats()).to(device)
+    net = METHODS[args.method](shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.vit, net)
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))

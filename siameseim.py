@@ -22,7 +22,8 @@ and 4 of vit.py too.
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order, no rounding to 8 bits in
   between, blur's sigma in pixels of a 224 px image. Images are decoded as squares of the network's size (above 64 px up
-  to twice that), cut at random. Mean and std are those of the data set.
+  to twice that): the middle of an oblong image, or, of sets too large for memory, a random place along its long side.
+  Mean and std are those of the data set.
 - Block-wise masks: if blocks hide too many patches, random ones of the last stay visible; if too few, random ones are
   added (theirs: ten redraws first). Random masks work (theirs: disabled).
 - BatchNorm always uses the statistics of its batch and keeps none. They are over all processes on CPUs too. With
@@ -52,7 +53,7 @@ from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over
 from vit import micro_batches, my_rows, set_rates
 from vit import save_grid, spread  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, PAIR, SHARE, Run, check_momentum, cli, launch, load_data, options, shape_of  # 7 runs
+from vit import COMMON, COUNT, SHARE, Run, ablate, check_momentum, cli, launch, load_data, options, shape_of  # 7 runs
 
 ABLATIONS = {  # the options that they change
     "no-color": dict(color=0.0, blur=[0.0, 0.0]),
@@ -64,7 +65,7 @@ ABLATIONS = {  # the options that they change
 OPTIONS = COMMON | dict(
     size=(["nano", "tiny", "small", "base"], "width, depth and heads of the network", dict(choices=SIZES)),
     patch=([4, 4, 8, 16], "patch size, px", COUNT),
-    img_size=([32, None, 96, 224], "input of the network, px: one number, or height and width", PAIR),
+    img_size=([32, None, 96, 224], "side of the network's input, px", COUNT),
     epochs=([6, 400, 400, 400], "length of the run; the schedules follow it", COUNT),
     batch=([64, 512, 512, 4096], "images in an optimiser step, over all processes and micro-batches", COUNT),
     lr=([4e-3, 1e-3, 5e-4, 6.25e-5], "learning rate for batch 256; scaled with the batch"),
@@ -74,7 +75,7 @@ OPTIONS = COMMON | dict(
     drop_path=(0.0, "stochastic depth of the online encoder", SHARE),
     crop_scale=([(0.3, 1.0), (0.2, 1.0), (0.08, 1.0), (0.08, 1.0)], "area of the crops, share of the image"),
     color=([0.0, 1.0, 1.0, 1.0], "strength of colour jitter, grey and solarization; 1 as published"),
-    blur=((1.0, 0.1), "probability of blur in view a and in view b"),
+    blur=([(1.0, 0.1)] * 4, "probability of blur in view a and in view b"),
     mask=("block", "how the hidden patches of view a are chosen", dict(choices=("block", "random"))),
     mask_ratio=(0.6, "share of the patches of view a that are hidden", SHARE),
     norm=("batch", "in projector and decoder; batch: over all tokens", dict(choices=("batch", "layer"))),
@@ -96,9 +97,9 @@ def sample_step(args, step, side):
     """All random numbers of a step, for the whole batch: BYOL's augmentation, each entry (batch, 2, ...); for the mask
     of view a noise (batch, N) and blocks (batch, 12, 4). side: of the images, px.
     """
-    g, (h, w), color = seeded(args.seed, step), args.img_size, args.color
+    g, color = seeded(args.seed, step), args.color
     rand = lambda: torch.rand((args.batch, 2), generator=g)
-    draws = dict(box=sample_boxes((args.batch, 2), side, args.crop_scale, w / h, g), flip=rand() < 0.5)
+    draws = dict(box=sample_boxes((args.batch, 2), side, args.crop_scale, g), flip=rand() < 0.5)
     jitter = rand() < 0.8  # one coin for all four
     factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
     draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
@@ -108,7 +109,7 @@ def sample_step(args, step, side):
     draws["solarize"] = rand() < color * torch.tensor([0.0, 0.2])
     if args.mask == "block":
         draws["blocks"] = torch.rand((12, 4, args.batch), generator=g).permute(2, 0, 1)
-    draws["noise"] = torch.rand((args.batch, h * w // args.patch**2), generator=g)
+    draws["noise"] = torch.rand((args.batch, (args.img_size // args.patch) ** 2), generator=g)
     if args.ablate == "same-view":  # view b is the crop of view a; the colours stay two
         draws |= {k: draws[k][:, :1].repeat_interleave(2, dim=1) for k in ("box", "flip")}
     return draws
@@ -168,7 +169,7 @@ def relative_positions(box, flip, side, grid, dim):
 
 
 def augment(imgs, draws, size, unit, mean, std):
-    """uint8 (B, C, S, S) and what sample_step drew -> normalised views (2·B, C, h, w), view by view.
+    """uint8 (B, C, S, S) and what sample_step drew -> normalised views (2·B, C, size, size), view by view.
 
     unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
     """
@@ -219,9 +220,9 @@ def stack(args, depth):
 class Tower(nn.Module):
     """Encoder, linear layer and projector: what the online and the target network both have."""
 
-    def __init__(self, shape, args, drop_rate=0.0):
+    def __init__(self, shape, args, backbone, drop_rate=0.0):
         super().__init__()
-        self.vit = ViT(**shape, pos="sincos", norm=False, drop_path=drop_rate)
+        self.vit = backbone(**shape, pos="sincos", norm=False, drop_path=drop_rate)
         self.embed = nn.Linear(self.vit.dim, args.decoder_dim)
         self.projector = stack(args, args.projector_depth)
 
@@ -235,9 +236,10 @@ class SiameseIM(nn.Module):
 
     feature = "mean"  # what evaluation reads
 
-    def __init__(self, shape, args, mean, std):
+    def __init__(self, shape, args, mean, std, backbone=ViT):
         super().__init__()
-        self.online, self.target = Tower(shape, args, args.drop_path), Tower(shape, args).requires_grad_(False)
+        self.online = Tower(shape, args, backbone, args.drop_path)
+        self.target = Tower(shape, args, backbone).requires_grad_(False)
         self.online.vit.patch_embed.requires_grad_(args.train_patch_embed)
         dim, self.grid = args.decoder_dim, self.online.vit.grid
         n = math.prod(self.grid)
@@ -307,7 +309,7 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     spread of the targets, and the gradient's norm.
     """
     loss_fn = global_loss if args.ablate == "global" else siameseim_loss
-    total, parts, c, unit = 0, [], 0, max(args.img_size) / 224
+    total, parts, c, unit = 0, [], 0, args.img_size / 224
     for x, d in micro_batches(args.accumulate, imgs, draws):
         a, b = net.augment(x, d, args.img_size, unit, net.mean, net.std).chunk(2)
         with autocast(x.device, args.precision):
@@ -358,7 +360,7 @@ def draw_pairs(net, imgs, draws, args, file):
     """
     imgs, side, (h, w) = imgs[: len(draws["box"])], imgs.shape[-1], net.grid
     d = {k: v[: len(imgs)].to(imgs.device) for k, v in draws.items()}
-    a, b = augment(imgs, d, args.img_size, max(args.img_size) / 224, net.mean, net.std).chunk(2)
+    a, b = augment(imgs, d, args.img_size, args.img_size / 224, net.mean, net.std).chunk(2)
     index = visible_patches(d, net.grid, args.mask_ratio)
     pred = net(a, index, d["box"], d["flip"], side).float()
     like = F.cosine_similarity(pred, net.targets(b), dim=-1).view(-1, 1, h, w)
@@ -375,14 +377,14 @@ def draw_pairs(net, imgs, draws, args, file):
 
 
 @cli
-def main(argv=None, images=None):
+def main(argv=None, images=None, backbone=ViT):
     args = options(__doc__, OPTIONS, argv, method="siameseim")
+    ablate(args, ABLATIONS)
     device = launch(args)
     train, test = load_data(args, OPTIONS, images)  # opened, options settled, decoded if it fits into memory
-    vars(args).update(ABLATIONS.get(args.ablate, {}))
 
     torch.manual_seed(args.seed)
-    net = SiameseIM(shape_of(args, train.channels), args, *train.stats()).to(device)
+    net = SiameseIM(shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.online.vit, net)
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))

@@ -28,10 +28,11 @@ import pickle
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -187,11 +188,11 @@ class ViT(nn.Module):
             return self.pos_embed
         pos = rearrange(self.pos_embed[:, 1:].float(), "1 (h w) d -> 1 d h w", h=self.grid[0])
         pos = F.interpolate(pos, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat([self.pos_embed[:, :1], rearrange(pos, "1 d h w -> 1 (h w) d")], dim=1)
+        return torch.cat([self.pos_embed[:, :1], rearrange(pos, "1 d h w -> 1 (h w) d").to(self.pos_embed)], dim=1)
 
     def embed(self, imgs, visible=None):
         """CLS and patch tokens plus positions, (B, 1+N, D); only of the patches at indices `visible` (B, n)."""
-        pos = self.positions(self.grid_of(imgs.shape[-2:], self.patch)).expand(len(imgs), -1, -1)
+        pos = self.positions(self.grid_of(imgs.shape[-2:], self.patch)).expand(imgs.shape[0], -1, -1)
         cls, pos = self.cls_token + pos[:, :1], pos[:, 1:]
         x = rearrange(imgs, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         if visible is not None:  # before the projection, so that hidden patches are never projected
@@ -231,7 +232,14 @@ def pooled(x, feature):
 # 2 images -------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"}
+TESTS = ("test", "testing", "val", "valid", "validation")  # the first of these that has labels is the test set
 IN_MEMORY = 2**31  # bytes, as squares: larger sets are decoded again and again as they are needed
+
+
+def note(text):
+    """Tells the user something on stderr, once however many processes there are."""
+    if processes()[0] == 0:
+        print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -247,14 +255,21 @@ def reading(file, kind):
 
 
 def decode(file, side=None):
-    """An image file (or open binary file) as uint8 RGB (3, h, w), upright, its short side resized to `side` px."""
+    """An image file (or open binary file) as uint8 RGB (3, h, w), upright, its short side resized to `side` px.
+
+    Grey images of 16 bits are divided by 257. Raises InputError for a damaged file, and for signed, 32-bit and
+    floating-point images, whose range is not known.
+    """
     with reading(file, "image"), Image.open(file) as img:
-        side = side or min(img.size)
+        side, deep = side or min(img.size), img.mode.startswith("I;16") or img.format in ("PNG", "PPM")
         img.draft("RGB", (side, side))  # JPEG: decode at 1/2, 1/4, 1/8 where that is still larger than needed
-        img = ImageOps.exif_transpose(img)
-        if img.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would clip at 255
-            x = np.asarray(img, dtype=np.float64)
-            img = Image.fromarray((x * 255 / max(x.max(), 65535 if img.mode[0] == "I" else 1e-9)).astype(np.uint8))
+        img.load()
+        with contextlib.suppress(Exception):  # a broken EXIF entry: the image is shown as it is stored
+            img = ImageOps.exif_transpose(img)
+        if img.mode.startswith(("I", "F")):
+            if not deep or img.mode[0] == "F":
+                raise InputError(f"{file} has signed, 32-bit or floating-point pixels: convert it to 8 bits")
+            img = Image.fromarray(np.rint(np.asarray(img) / 257).astype(np.uint8))  # Pillow would clip at 255
         if "A" in img.mode or "transparency" in img.info:  # white behind what is transparent
             img = img.convert("RGBA")
             img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
@@ -275,17 +290,38 @@ def square(img, offset=0.5):
     return img[..., y : y + s, x : x + s]
 
 
+def as_labels(labels, n, where):
+    """Labels as an array (n,) of whole numbers from 0, or of names. Raises InputError for all others."""
+    labels = np.asarray(labels)
+    flat = labels[:, 0] if labels.shape == (n, 1) else labels
+    if flat.shape != (n,) or flat.dtype.kind not in "iuU" or flat.dtype.kind == "i" and (flat < 0).any():
+        found = f"{labels.dtype} {labels.shape}" + ", some below 0" * (labels.dtype.kind == "i" and (labels < 0).any())
+        raise InputError(f"{where}: labels must be ({n},), whole numbers from 0 or class names, not {found}")
+    return flat
+
+
 class Images(torch.utils.data.Dataset):
     """Square uint8 images: `images[i, offset]` is (C, S, S), cut at `offset` (0 to 1) along the long side.
 
-    items: any sequence of image files (str or Path) or of decoded images, uint8 (C, h, w), such as a tensor
-    (N, C, h, w) or a data set of your own. labels: int64 (N,), numbered from 0, or None; classes: their names.
-    side: S in px; items of another size are resized.
+    items: a sequence of image files (str or Path), or of images, uint8 tensors (C, h, w), such as a tensor
+    (N, C, h, w) or a data set of your own. labels: whole numbers from 0, (N,), or None; classes: their names.
+    side: S in px; items of another size are resized. files: the file of each image, or None where they are no files.
+    Raises InputError for items or labels of another kind.
     """
 
-    def __init__(self, items, labels=None, classes=(), side=None):
-        self.items, self.labels, self.classes = items, labels, list(classes)
-        self.channels = len(items[0]) if torch.is_tensor(items[0]) else 3
+    replace = False  # in training: take the next image in place of one that cannot be read
+
+    def __init__(self, items, labels=None, classes=(), side=None, files=None):
+        if not len(items):
+            raise InputError("a data set without images")
+        first, self.items, self.classes = items[0], items, list(classes)
+        is_file, shape = isinstance(first, (str, os.PathLike)), tuple(getattr(first, "shape", ()))
+        if not is_file and (getattr(first, "dtype", None) != torch.uint8 or len(shape) != 3 or shape[0] > min(shape)):
+            found = f"{type(first).__name__} {getattr(first, 'dtype', '')} {shape}"
+            raise InputError(f"images must be files or uint8 tensors (C, h, w), not {found}")
+        self.files, self.channels = items if is_file else files, 3 if is_file else shape[0]
+        labels = None if labels is None else as_labels(labels, len(items), "a data set")
+        self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
         self.side = side or self.first_side()
 
     def __len__(self):
@@ -305,25 +341,31 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         i, offset = key
-        for j in range(i, i + 100):  # a file that cannot be read is replaced by the next that can, with its label
+        for j in range(i, i + 100):
             try:
-                img = square(self.read(j % len(self)), offset)
-                if self.labels is not None:
-                    self.labels[i] = self.labels[j % len(self)]
-                return img
+                return square(self.read(j % len(self)), offset)
             except InputError as e:
-                warnings.warn(f"skipped an unreadable image: {e}", stacklevel=2)
+                if not self.replace:
+                    raise
+                warnings.warn(f"another image takes the place of an unreadable one: {e}", stacklevel=2)
         raise InputError(f"100 unreadable images in a row, the first one {self.items[i]}")
 
+    @property
+    def in_memory(self):
+        """Whether the images are one tensor (N, C, S, S)."""
+        return torch.is_tensor(self.items) and self.items.shape[-2:] == (self.side, self.side)
+
     def at(self, side, quiet=False):
-        """The same images with side `side`, in memory if they fit; then unreadable ones are left out and named."""
-        images, bad = Images(self.items, self.labels, self.classes, side), []
-        if torch.is_tensor(self.items) and side == self.side or len(self) * self.channels * side**2 > IN_MEMORY:
+        """The same images with side `side`: if they fit, in memory, cut from the middle; unreadable ones are left out
+        and named. Else as they are, to be read when they are needed.
+        """
+        images, bad = Images(self.items, self.labels, self.classes, side, self.files), []
+        if images.in_memory or len(self) * self.channels * side**2 > IN_MEMORY:
             return images
 
         def read(i):
             try:
-                return images.read(i)
+                return images[i, 0.5].clone()  # or the rest of an oblong image would stay in memory
             except InputError as e:
                 bad.append(str(e))
 
@@ -335,24 +377,25 @@ class Images(torch.utils.data.Dataset):
         if not good:
             raise InputError(f"none of the {len(found)} images can be read: {bad[0]}")
         if bad and not quiet:
-            print(f"skipped {len(bad)} unreadable images of {len(found)}: {'; '.join(bad[:5])}", file=sys.stderr)
-        pixels = [found[i] for i in good]
-        pixels = torch.stack(pixels) if len({x.shape for x in pixels}) == 1 else pixels
-        return Images(pixels, None if self.labels is None else self.labels[good], self.classes, side)
+            note(f"skipped {len(bad)} unreadable images of {len(found)}: {'; '.join(bad[:5])}")
+        return images.pick(good, torch.stack([found[i] for i in good]))
 
-    def pick(self, index):
-        """The images of these indices, in this order."""
-        index = list(index)
-        items = self.items[index] if torch.is_tensor(self.items) else [self.items[i] for i in index]
-        return Images(items, None if self.labels is None else self.labels[index], self.classes, self.side)
+    def pick(self, index, items=None):
+        """The images of these indices, in this order; `items`, if given, are these images, decoded."""
+        index = torch.as_tensor(index).tolist()
+        if items is None:
+            items = self.items[index] if torch.is_tensor(self.items) else torch.utils.data.Subset(self.items, index)
+        labels = None if self.labels is None else self.labels[index]
+        files = None if self.files is None else [self.files[i] for i in index]
+        return Images(items, labels, self.classes, self.side, files)
 
     def subset(self, n):
         """At most n images, evenly spaced, so that every class keeps its share."""
-        return self if n >= len(self) else self.pick(np.linspace(0, len(self) - 1, n).astype(int).tolist())
+        return self if n >= len(self) else self.pick(np.linspace(0, len(self) - 1, n).astype(int))
 
     def stats(self):
         """Mean and standard deviation of each channel, in [0, 1], of at most 1,000 images: two lists."""
-        some = self.subset(1000)
+        some = self.subset(1000).at(self.side, quiet=True)
         sums = [[(some[i, 0.5].double() / 255).pow(k).mean((1, 2)) for k in (1, 2)] for i in range(len(some))]
         mean, square_mean = (torch.stack(s).mean(0) for s in zip(*sums, strict=True))
         return mean.tolist(), (square_mean - mean**2).clamp(min=1e-6).sqrt().tolist()
@@ -366,23 +409,48 @@ def list_images(root):
         if (key.st_dev, key.st_ino) in seen:  # a link that leads back
             subfolders.clear()
             continue
-        subfolders[:] = [s for s in subfolders if s[0] != "."]
+        subfolders[:] = sorted(s for s in subfolders if s[0] != ".")
         seen.add((key.st_dev, key.st_ino))
         found += [os.path.join(folder, f) for f in files if os.path.splitext(f)[1].lower() in SUFFIXES and f[0] != "."]
     return sorted(found)
 
 
+def by_class(folder, known=()):
+    """The image files below a folder, and for each the class folder it lies in; None instead if there are none.
+
+    One folder alone is a class only if it is among `known`. Images beside class folders are left out.
+    """
+    files = list_images(folder)
+    names = [os.path.relpath(f, folder).split(os.sep) for f in files]
+    classes, loose = {n[0] for n in names if len(n) > 1}, [n[0] for n in names if len(n) == 1]
+    if not classes or len(classes) == 1 and not classes <= set(known):
+        return files, None
+    if loose:
+        note(f"left out {len(loose)} images beside the class folders of {folder}: {', '.join(loose[:3])}")
+    kept = [(f, n[0]) for f, n in zip(files, names, strict=True) if len(n) > 1]
+    return tuple(map(list, zip(*kept, strict=True)))
+
+
 def open_folder(root):
-    """Files and class names, for each split, of a folder: train/ and test/ or val/; class folders; loose images."""
-    parts = {d.name.lower(): d for d in root.iterdir() if d.is_dir()}
-    test = parts.get("test") or parts.get("val")
-    for folder in [root] if "train" not in parts else [parts["train"], test] if test else [parts["train"]]:
-        files = list_images(folder)
-        if not files:
-            raise InputError(f"no images in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
-        names = [os.path.relpath(f, folder).split(os.sep) for f in files]
-        unlabelled = any(len(n) == 1 for n in names) or len({n[0] for n in names}) == 1  # loose, or all in one folder
-        yield files, None if unlabelled else [n[0] for n in names]
+    """Files and class names of the training images in a folder, then, if it has labels, those of the test images."""
+    folders = {d.name.lower(): d for d in sorted(root.iterdir()) if d.is_dir() and d.name[0] != "."}
+    if {"images", "masks"} <= folders.keys():
+        raise InputError(f"{root} holds images/ and masks/, as eval_dense.py takes them: here give {root / 'images'}")
+    top = folders.get("train") or folders.get("training")
+    files, names = by_class(top or root)
+    if not files:
+        raise InputError(f"no images in {top or root} (looked for {' '.join(sorted(SUFFIXES))})")
+    yield files, names
+    used = {top}
+    for test in (folders[k] for k in TESTS if top and names and k in folders):
+        found = by_class(test, names)
+        if found[1]:
+            yield found
+            used.add(test)
+            break
+    unused = [str(d) for d in folders.values() if top and d not in used and list_images(d)]
+    if unused:
+        note(f"not used, besides {', '.join(map(str, used))}: {', '.join(unused)}")
 
 
 def open_npz(file, label):
@@ -390,25 +458,38 @@ def open_npz(file, label):
     with np.load(file, allow_pickle=False) as z:
         if "train_images" not in z and "images" not in z:
             raise InputError(f"{file} holds neither train_images nor images: see --data in --help")
-        test = [f"{part}_" for part in ("test", "val") if f"{part}_images" in z][:1]
+        test = [f"{part}_" for part in TESTS if {f"{part}_images", f"{part}_{label}"} <= set(z.files)][:1]
         for prefix in ["train_", *test] if "train_images" in z else [""]:
             images, labels = z[f"{prefix}images"], z.get(f"{prefix}{label}")
+            where, shape = f"{file}, {prefix}images", images.shape
             if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
-                found = f"{images.dtype} {images.shape}"
-                raise InputError(f"{file}: images must be uint8 (N, H, W) or (N, H, W, C), not {found}")
+                raise InputError(f"{where} must be uint8 (N, H, W) or (N, H, W, C), not {images.dtype} {shape}")
+            if images.ndim == 3 and shape[2] <= 4:
+                raise InputError(f"{where} has the shape {shape} of one image: give (N, H, W, C)")
+            if images.ndim == 4 and shape[1] < min(shape[2:]):
+                raise InputError(f"{where} has channels first, {shape}: give (N, H, W, C), by transpose(0, 2, 3, 1)")
             images = np.repeat(images[..., None], 3, axis=-1) if images.ndim == 3 else images  # grey to RGB
-            if labels is not None:  # several for each image, or not one for each: no classes
-                labels = labels.reshape(-1) if labels.ndim and labels.size == len(labels) == len(images) else None
+            labels = None if labels is None else as_labels(labels, len(images), f"{file}, {prefix}{label}")
             yield torch.from_numpy(images).permute(0, 3, 1, 2), labels
+
+
+def hold_out(labels):
+    """The indices of training and of test images: a tenth of each class, at least one of two or more, by lot."""
+    order, test = torch.randperm(len(labels), generator=seeded(0, 0)), torch.zeros(len(labels), dtype=torch.bool)
+    for c in labels.unique():
+        members = order[labels[order] == c]
+        test[members[: max(1, round(len(members) / 10))]] = len(members) > 1
+    return (~test).nonzero()[:, 0], test.nonzero()[:, 0]
 
 
 def open_images(data="demo.npz", label="labels", whole=False):
     """Training and test images of a data set, two `Images`. Files are listed, not yet decoded: see Images.at.
 
     data: "demo.npz", any .npz, "cifar10", "cifar100", a folder with train/ and test/ (or val/) of class folders, a
-    folder of class folders, or a folder of loose images at any depth. Of labelled images without a test split every
-    tenth is a test image; without labels, or with `whole`, both are then the same. Raises InputError if nothing usable
-    is there.
+    folder of class folders, or a folder of loose images at any depth. Of labelled images without a labelled test split
+    a tenth of each class is held out; with `whole` they are the test images too. The test images are None where there
+    are no labels, fewer than two classes, or too few images to hold one out. Raises InputError if nothing usable is
+    there.
     """
     path = Path(__file__).with_name("demo.npz") if data == "demo.npz" and not Path(data).exists() else Path(data)
     if processes()[0] > 0:  # process 0, which may have to download, goes first; the others follow together
@@ -425,15 +506,17 @@ def open_images(data="demo.npz", label="labels", whole=False):
             raise InputError(f"--data {data}: no such .npz file or folder (nor cifar10, cifar100 or demo.npz)")
         known = [n for _, n in splits if n is not None]
         classes, numbers = np.unique(np.concatenate(known or [[]]), return_inverse=True)  # alike in both splits
-        labels = list(torch.from_numpy(numbers.reshape(-1)).long().split([len(n) for n in known]))
+        labels = list(np.split(numbers.reshape(-1), np.cumsum([len(n) for n in known])))
         sets = [Images(items, None if n is None else labels.pop(0), map(str, classes)) for items, n in splits]
     if dist.is_initialized() and dist.get_rank() == 0:
         dist.barrier()
-    train, test = sets[0], sets[-1]
-    if test is train and train.labels is not None and not whole:
-        tenth = range(9, len(train), 10)
-        return train.pick([i for i in range(len(train)) if i not in tenth]), train.pick(tenth or range(len(train)))
-    return train, test
+    train, test = sets[0], sets[1] if len(sets) > 1 else None
+    if train.labels is None or len(classes) < 2 and not whole:
+        return train, None
+    if test is None and not whole:
+        kept, held = hold_out(train.labels)
+        return train.pick(kept), train.pick(held) if len(held) else None
+    return train, test or train
 
 
 def seeded(seed, step):
@@ -464,17 +547,15 @@ def in_order(images, batch):
 def stream(images, keys, device="cpu", workers=2):
     """Yields uint8 (B, C, S, S) on the device for each (indices, offsets) of `keys`; workers decode files."""
     device, items = torch.device(device), images.items
-    if torch.is_tensor(items) and items.shape[-2:] == (images.side, images.side):
+    if images.in_memory:
         if device.type == "cuda" and items.numel() < torch.cuda.mem_get_info(device)[0] // 4:
             items = items.to(device)  # the whole set lies on the device: a batch is an index
         for index, _ in keys:
             yield to_device(items[torch.as_tensor(index).to(items.device, non_blocking=True)], device)
         return
-    if images.labels is not None:
-        images.labels.share_memory_()  # a worker that replaces a file replaces its label
     keys = (list(zip(i, offsets, strict=True)) for i, offsets in keys)
-    how = dict(num_workers=0 if torch.is_tensor(items[0]) else workers, pin_memory=device.type == "cuda")
-    loader = iter(torch.utils.data.DataLoader(images, batch_sampler=keys, worker_init_fn=in_worker, **how))
+    how = dict(num_workers=workers, worker_init_fn=in_worker, pin_memory=device.type == "cuda")
+    loader = iter(torch.utils.data.DataLoader(images, batch_sampler=keys, **how))
     with contextlib.suppress(AttributeError, ValueError):  # Windows has no SIGCHLD; only the main thread may set it
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anywhere, in a save too; next() will do
     for batch in loader:
@@ -482,11 +563,9 @@ def stream(images, keys, device="cpu", workers=2):
 
 
 def in_worker(_):
-    """Workers leave signals, which often go to the whole group of processes, and the run's lock to their parent."""
+    """Workers leave signals, which often go to the whole group of processes, to their parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if Run.lock:
-        Run.lock.close()
 
 
 def to_device(x, device):
@@ -522,14 +601,14 @@ def prepare(imgs, config):
 # 3 views --------------------------------------------------------------------------------------------------------------
 
 
-def sample_boxes(shape, side, scale, aspect, g):
+def sample_boxes(shape, side, scale, g):
     """Random boxes y, x, height, width (*shape, 4) in px of a square image, by the rule of RandomResizedCrop.
 
-    The area share is uniform in `scale`, the aspect ratio log-uniform in 3/4 to 4/3, times `aspect`. Of ten tries the
-    first that fits is taken, else the whole image.
+    The area share is uniform in `scale`, the aspect ratio log-uniform in 3/4 to 4/3. Of ten tries the first that fits
+    is taken, else the whole image.
     """
     area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
-    ratio = aspect * torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
+    ratio = torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
     first = fits.int().argmax(-1, keepdim=True)
@@ -556,12 +635,12 @@ def resize_weights(start, length, flip, out, side):
 
 
 def crop_resize(imgs, box, flip, size):
-    """Cuts boxes (B, V, 4) from imgs (B, C, S, S), resizes to `size`, flips: (V·B, C, h, w), Wy @ img @ Wxᵀ."""
+    """Cuts boxes (B, V, 4) from imgs (B, C, S, S), resizes, flips: (V·B, C, size, size), Wy @ img @ Wxᵀ."""
     (y, x, dy, dx), side, c = box.unbind(-1), imgs.shape[-1], imgs.shape[1]
-    wy = resize_weights(y, dy, torch.zeros_like(flip), size[0], side)  # (B, V, h, S)
-    wx = resize_weights(x, dx, flip, size[1], side)  # (B, V, w, S)
+    wy = resize_weights(y, dy, torch.zeros_like(flip), size, side)  # (B, V, size, S)
+    wx = resize_weights(x, dx, flip, size, side)
     rows = rearrange(wy, "b v i s -> b (v i) s") @ rearrange(imgs, "b c s t -> b s (c t)")
-    rows = rearrange(rows, "b (v i) (c t) -> (b v) (c i) t", c=c, i=size[0])
+    rows = rearrange(rows, "b (v i) (c t) -> (b v) (c i) t", c=c, i=size)
     crops = rows @ rearrange(wx, "b v j t -> (b v) t j")
     return rearrange(crops, "(b v) (c i) j -> (v b) c i j", v=box.shape[1], c=c).clamp(0, 1)
 
@@ -782,7 +861,7 @@ def save_grid(columns, file, tile=96):
 
 def save_checkpoint(file, state):
     """Writes tensors and plain types to a temporary file, then moves it in place: never half a checkpoint."""
-    part = Path(f"{file}.part")
+    part = Path(f"{file}.{os.getpid()}.part")  # its own name, should two runs share a folder
     try:
         with open(part, "wb") as f:
             torch.save(state, f)
@@ -794,16 +873,23 @@ def save_checkpoint(file, state):
         raise InputError(f"could not save {file} ({e}); what was saved there before is untouched") from None
 
 
+NUMPY = [np.float64().__reduce__()[0], np.zeros(1).__reduce__()[0]]  # what makes a number and an array from bytes
+HARMLESS = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(k)) for k in "?bBhHiIlLqQefd")]
+HARMLESS += [(f, f"numpy.{core}.multiarray.{f.__name__}") for core in ("core", "_core") for f in NUMPY]
+HARMLESS += [(PurePath, f"pathlib.{name}Path") for name in ("Posix", "Windows", "_local.Posix")]
+SAVE = "where you trust it, load it, and save its weights alone, torch.save(model.state_dict(), FILE)"
+
+
 def load_checkpoint(file):
     """What a checkpoint holds. Never runs code from the file. Raises InputError that says what is wrong with it."""
     if not Path(file).is_file():
         raise InputError(f"no checkpoint at {file}")
-    with reading(file, "checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):  # DINO saves its options
+    with reading(file, "checkpoint"), torch.serialization.safe_globals(HARMLESS):  # found beside others' weights
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
             name = re.search(r"GLOBAL (\S+)", str(e))
-            what = f"refused, it wants to run {name[1]}" if name else "neither weights nor a checkpoint"
+            what = f"refused, it wants to run {name[1]}: {SAVE}" if name else "neither weights nor a checkpoint"
             raise InputError(f"{file} is not a readable checkpoint ({what})") from None
 
 
@@ -811,7 +897,12 @@ PREFIXES = re.compile(r"^((module|backbone|_orig_mod|teacher|student|encoder|mod
 OTHERS = re.compile(r"^(blocks|fc_norm|norm_pre|patch_embed|cls_|reg|storage|dist_)|gamma|rel_pos|relative|rope")
 
 
-def load_encoder(file, heads=None, quiet=False):
+def class_name(backbone):
+    """The name under which a checkpoint knows a backbone of one's own; None for ViT."""
+    return None if backbone is ViT else f"{backbone.__module__}.{backbone.__qualname__}"
+
+
+def load_encoder(file, heads=None, quiet=False, backbone=ViT):
     """A ViT with the weights of a checkpoint, and what is needed to use it: (vit, config).
 
     Reads ours (last.pt, weights/*.pt), the authors' (DINO, MAE, PCAE, SiameseIM) and timm's files; wrappers' prefixes
@@ -819,20 +910,25 @@ def load_encoder(file, heads=None, quiet=False):
     that of our run; for files of others "cls", or "mean" where there is no final norm (SiameseIM). heads: files of
     others do not tell; those that SIZES has for the width are assumed. Raises InputError where a tensor is missing or
     has another shape, and for parts that would be left out although they change the output (fc_norm, register tokens,
-    LayerScale, relative positions).
+    LayerScale, relative positions). backbone: the class with which it was trained, if that is not ViT.
     """
     found = load_checkpoint(file)
     with reading(file, "ViT"):
         found = found if isinstance(found, dict) else {}
         config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls") | found.get("config", {})
-        for key in ("encoder", "model", "state_dict", "teacher", "student"):
+        if config.get("backbone") != class_name(backbone):
+            trained = config.get("backbone") or "vit.ViT"
+            raise InputError(f"{file} was trained with backbone {trained}: load_encoder(FILE, backbone=...) takes it")
+        keys = list(found)
+        for key in ("encoder", "model", "model_state_dict", "state_dict", "teacher", "student", "net", "model_ema"):
             found = found[key] if isinstance(found.get(key), dict) else found
         tensors = {k: v for k, v in found.items() if torch.is_tensor(v) and not v.is_complex()}
         weights = {PREFIXES.sub("", str(k)): v for k, v in tensors.items()}
         if len(weights) < len(tensors):
             raise InputError(f"{file} holds several networks whose names differ by a prefix: save one of them alone")
         if not {"pos_embed", "patch_embed.proj.weight"} <= weights.keys():
-            raise InputError(f"{file} holds no ViT: no pos_embed and patch_embed.proj.weight in it")
+            what = f"no pos_embed and patch_embed.proj.weight; its keys: {', '.join(map(str, keys[:8]))}"
+            raise InputError(f"{file} holds no ViT ({what}): {SAVE}")
         if "dim" not in config:  # not ours: read the shape off the weights
             dim, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
             side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
@@ -844,7 +940,9 @@ def load_encoder(file, heads=None, quiet=False):
         sizes = [*config["img_size"], *(config[k] for k in ("patch", "in_chans", "dim", "depth", "heads"))]
         if not all(type(s) is int and s > 0 for s in sizes) or config["feature"] not in ("cls", "mean", "both"):
             raise ValueError(f"its config is {config}")
-        vit = ViT(**{k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")})
+        vit = backbone(
+            **{k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")}
+        )
         own, unused = vit.state_dict(), sorted(weights.keys() - vit.state_dict().keys())
         wrong = [k for k, v in own.items() if k not in weights or v.shape != weights[k].shape]
         wrong += [k for k in unused if OTHERS.search(k)]
@@ -862,7 +960,7 @@ def load_encoder(file, heads=None, quiet=False):
 
 def start_from(file, vit, net):
     """--init: an encoder's weights into `vit`, positions interpolated; its mean and std into `net`; a new teacher."""
-    encoder, found = load_encoder(file, quiet=processes()[0] > 0)
+    encoder, found = load_encoder(file, quiet=processes()[0] > 0, backbone=type(vit))
     for k in ("patch", "in_chans", "dim", "depth", "heads", "norm"):
         if found[k] != vit.config[k]:
             raise InputError(f"--init {file} has another shape: {k} {found[k]}, not {vit.config[k]}")
@@ -881,6 +979,9 @@ def cli(main):
 
     @functools.wraps(main)
     def wrapped(*args, **options):
+        for output in (sys.stdout, sys.stderr):  # a console of ASCII alone shows ? for what it does not have
+            if hasattr(output, "reconfigure"):
+                output.reconfigure(errors="replace")
         try:
             result = main(*args, **options)
             # All is printed and saved. One time in twenty gloo aborts when it is shut down: leave without that.
@@ -897,15 +998,22 @@ def cli(main):
                 raise
             why = "out of memory? Run the same command again to resume, perhaps with --workers 0"
             raise SystemExit(f"{Path(sys.argv[0]).name}: error: a process that decodes images died ({why})") from None
-        finally:  # gives the lock, the signal handlers and the process group back
-            if Run.lock:
-                Run.lock.close()
+        finally:  # gives the signal handlers and the process group back
             while Run.handlers:
                 signal.signal(*Run.handlers.popitem())
             if dist.is_initialized():
                 dist.destroy_process_group()
 
     return wrapped
+
+
+def to_json(x):
+    """One line of JSON; null for numbers that are not finite, which JSON does not have."""
+    if isinstance(x, dict):
+        return "{" + ", ".join(f"{json.dumps(str(k))}: {to_json(v)}" for k, v in x.items()) + "}"
+    if isinstance(x, (list, tuple)):
+        return "[" + ", ".join(map(to_json, x)) + "]"
+    return "null" if isinstance(x, float) and not math.isfinite(x) else json.dumps(x)
 
 
 def number(kind, low, high=math.inf):
@@ -923,7 +1031,6 @@ def number(kind, low, high=math.inf):
 
 PRESETS = ("demo", "32", "96", "224")
 COUNT, SHARE, MANY = dict(type=number(int, 1)), dict(type=number(float, 0, 1)), dict(nargs="+")
-PAIR = COUNT | MANY
 PRECISION = ("auto", "bf16 if the hardware has it; fp32 on a GPU is TF32", dict(choices=("auto", *DTYPES)))
 DEVICE = (None, "cuda, mps or cpu (the first that is there)")
 DATA_HELP = "demo.npz, any .npz, cifar10, cifar100, or a folder of images"
@@ -970,19 +1077,39 @@ def settle(args, table, side):
         value = getattr(args, name)
         value = default[PRESETS.index(args.preset)] if value is None and isinstance(default, list) else value
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
-    if isinstance(args.img_size, list) and len(args.img_size) > 2:
-        raise InputError(f"--img-size {args.img_size}: give one number, or height and width")
     args.img_size = args.img_size or side // args.patch * args.patch
-    args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else (args.img_size * 2)[:2]
-    if any(s < args.patch or s % args.patch for s in args.img_size):
+    if args.img_size < args.patch or args.img_size % args.patch:
         raise InputError(f"--img-size {args.img_size} is not a multiple of --patch {args.patch}: change one of them")
     name = f"{args.method}-{Path(args.data).stem or 'data'}" + (f"-{args.ablate}" if vars(args).get("ablate") else "")
     args.out = args.out or f"runs/{name}"
 
 
+def ablate(args, ablations):
+    """Sets the options of --ablate; refuses an option that was given beside it and would be overridden."""
+    for name, value in ablations.get(args.ablate, {}).items():
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"--ablate {args.ablate} sets {option} {value}: leave {option} or --ablate out")
+        setattr(args, name, value)
+
+
 def shape_of(args, in_chans):
     """The arguments of ViT that the options give."""
     return dict(SIZES[args.size], img_size=args.img_size, patch=args.patch, in_chans=in_chans)
+
+
+def world_size():
+    """How many processes torchrun started, by its environment; 1 without it."""
+    names = ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR")
+    world, rank, port, address = (os.environ.get(name, "") for name in names)
+    if world in ("", "1"):
+        return 1
+    if not (address and all(n.isdecimal() for n in (world, rank, port)) and int(rank) < int(world)):
+        found = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        raise InputError(
+            f"{found}: several processes need all of {', '.join(names)}. Use torchrun, or unset WORLD_SIZE"
+        )
+    return int(world)
 
 
 def launch(args, alone=False):
@@ -992,7 +1119,7 @@ def launch(args, alone=False):
     if not has.get(kind.split(":")[0]):
         raise InputError(f"--device {kind}: not on this machine, which has {', '.join(k for k in has if has[k])}")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
-    gpu, world = device.type == "cuda", int(os.environ.get("WORLD_SIZE", 1))
+    gpu, world = device.type == "cuda", world_size()
     if alone and world > 1:
         raise InputError("this runs in one process: start it without torchrun")
     if gpu:
@@ -1012,7 +1139,7 @@ def launch(args, alone=False):
 
 
 def load_data(args, table, images=None):
-    """Training and test images, two `Images`; test is None where there are no labels. images: use these two instead.
+    """Training and test images, two `Images`; test is None where k-NN cannot be measured. images: use these instead.
 
     Opens the data, fills in the options that depend on it, decodes what fits into memory, and checks that batches can
     be shared among processes.
@@ -1022,40 +1149,40 @@ def load_data(args, table, images=None):
         args.data = "own"  # for the name of the folder
     train, test = images or open_images(args.data)
     settle(args, table, train.side)
-    top = max(args.img_size)
+    top = args.img_size
     side = top if top <= 64 else max(top, min(2 * top, train.side))  # larger ones leave room for crops
     train = train.at(side, quiet=rank > 0)
-    labelled = train.labels is not None and test is not None and test.labels is not None
+    train.replace = True
+    labelled = all(s is not None and s.labels is not None for s in (train, test)) and len(train.labels.unique()) > 1
     test = test.subset(800).at(side, quiet=True) if labelled else None  # for k-NN while training
-    say = lambda text: print(f"warning: {text}", file=sys.stderr) if rank == 0 else None
     shares = world * args.accumulate
     if args.batch > len(train) >= shares:
         args.batch = len(train) // shares * shares
-        say(f"there are only {len(train)} images: --batch {args.batch}")
+        note(f"warning: there are only {len(train)} images: --batch {args.batch}")
     if args.batch % shares or args.batch > len(train):
         parts = f"{world} process(es) x {args.accumulate} micro-batches"
         raise InputError(f"--batch {args.batch} of {len(train)} images cannot be shared by {parts}")
     if args.warmup > args.epochs:
         args.warmup = args.epochs
-        say(f"the warm-up is longer than the run: --warmup {args.warmup}")
+        note(f"warning: the warm-up is longer than the run: --warmup {args.warmup}")
     return train, test
 
 
 def check_momentum(momentum, steps):
     """Warns if much of the initial teacher is left at the end (.9999, rising to 1: 37 % after 20,000 steps)."""
-    left = math.prod(cosine(s, steps, momentum, 1.0) for s in range(steps))
-    if left > 0.1 and processes()[0] == 0:
-        print(f"warning: {left:.0%} of the initial teacher would be left after {steps} steps: lower --momentum")
+    left = math.exp((momentum - 1) * steps / 2)  # 1 - momentum falls by a cosine: its mean is half
+    if left > 0.1:
+        note(f"warning: {left:.0%} of the initial teacher would be left after {steps} steps: lower --momentum")
 
 
 class Run:
-    """The folder of a training run, args.out, with last.pt, log.jsonl and pictures; only one run may write to it.
+    """The folder of a training run, args.out, with last.pt, log.jsonl and pictures.
 
     net: all that learns or has state, with buffers mean and std and an attribute `feature`. vit: the encoder in it
     that is evaluated. Ctrl-C and SIGTERM set a flag, on which all processes agree; they then save and leave.
     """
 
-    lock, handlers = None, {}  # the open lock file of this process, and the signal handlers from before
+    handlers = {}  # the signal handlers from before
     may_change = ("steps", "workers", "out", "device", "json")  # these options may differ when a run resumes
     minute = 60  # seconds between two saves, at least
 
@@ -1067,37 +1194,26 @@ class Run:
         self.steps_per_epoch = len(train) // args.batch
         self.total = args.epochs * self.steps_per_epoch
         self.first, self.stop = 0, min(self.total, args.steps or self.total)
-        small = lambda images: images.subset(4000).at(resize_side(args.img_size), quiet=True)
+        small = lambda images: images.subset(4000).at(resize_side(vit.config["img_size"]), quiet=True)
         self.sets = (small(train), small(test)) if test is not None else None  # for k-NN
-        some = train.subset(4)  # for pictures
+        some = train.subset(4).at(train.side, quiet=True)  # for pictures
         self.sample = torch.stack([some[i, 0.5] for i in range(len(some))]).to(self.device)
         self.asked = self.leave = 0  # the signal that came; the one that all processes agreed to stop for
-        Run.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        if self.rank == 0:
-            self.lock_folder()
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            Run.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"--out {self.out} cannot be written ({e})") from None
         plan = f"{args.epochs} epochs of {self.steps_per_epoch} steps of {args.batch}"
         where = f"{self.device.type}, {args.precision}, {self.world} process(es) -> {self.out}"
         self.say(f"{args.method}: {len(train)} images of {train.side} px, {plan}, {where}")
-
-    def lock_folder(self):
-        """Takes the lock of the folder. The system gives it back when the process ends, however that happens."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            Run.lock = open(self.out / ".lock", "a")  # noqa: SIM115 - held until main returns or the process ends
-            import fcntl
-
-            fcntl.flock(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another run is writing to {self.out}: wait for it, or give another --out") from None
-        except ImportError:
-            pass  # Windows has no fcntl, and then there is no lock
-        except OSError as e:
-            raise InputError(f"--out {self.out} cannot be written ({e})") from None
 
     @property
     def config(self):
         """What load_encoder needs besides the weights."""
         config = self.vit.config | dict(method=self.args.method, data=self.args.data, feature=self.net.feature)
+        config["backbone"] = class_name(type(self.vit))
         return config | {k: getattr(self.net, k).flatten().tolist() for k in ("mean", "std")}
 
     def on_signal(self, number, _):
@@ -1110,11 +1226,10 @@ class Run:
             tqdm.write(text)
 
     def write(self, **row):
-        """Appends a line to log.jsonl, numbers that are not finite as null."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        """Appends a line to log.jsonl."""
         if self.rank == 0:
             with open(self.out / "log.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(to_json(row) + "\n")
 
     def rows(self):
         """The log so far, one dict a line, without a last line that was cut short."""
@@ -1136,21 +1251,25 @@ class Run:
             state = load_checkpoint(file)
             if not isinstance(state, dict) or not {"options", "step", "images", *self.parts} <= state.keys():
                 raise InputError(f"{file} is not a checkpoint of such a run: remove it, or give another --out")
-            old = state["options"]
+            old = dict(state["options"])
+            if "data" in old and Path(old["data"]).resolve() == Path(options["data"]).resolve():
+                old["data"] = options["data"]  # photos, photos/ and ./photos are one folder
             differ = [k for k in {**old, **options} if k not in self.may_change and old.get(k) != options.get(k)]
             if differ:
                 what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {options.get(k)})" for k in differ[:4])
                 why = f"give another --out, or --init {file} to start from its encoder"
                 raise InputError(f"{self.out} holds a run with {what}: {why}")
             if state["images"] != self.images:
-                raise InputError(f"{self.out} holds a run on {state['images']} images, now there are {self.images}")
+                changed = f"a run on {state['images']} images, now there are {self.images}"
+                raise InputError(f"{self.out} holds {changed}: restore the images, or give another --out")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.first, self.before = state["step"], state["seconds"]
             rows = [row for row in self.rows() if row.get("step", 0) <= self.first]  # the others will be written again
         if self.rank == 0:
-            (self.out / "log.part").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(self.out / "log.part", self.out / "log.jsonl")
+            part = self.out / f"log.{os.getpid()}.part"
+            part.write_text("".join(to_json(row) + "\n" for row in rows))
+            os.replace(part, self.out / "log.jsonl")
         if self.first:
             self.say(f"resumes after step {self.first} of {self.stop}")
 
@@ -1164,11 +1283,12 @@ class Run:
         return round(knn(a, la, b, lb)[20][0], 2)
 
     def baselines(self):
-        """Measures k-NN of raw pixels and of the untrained network, if the run begins here."""
+        """Measures k-NN of raw pixels and of the network before training, if the run begins here."""
         if self.sets is None:
-            self.say("no labels: no k-NN")
+            self.say("no k-NN: this needs two classes, and labelled test images")
         elif self.first == 0:
-            before = dict(knn_pixels=self.knn(pixels), knn_untrained=self.knn())
+            start = "knn_start" if self.args.init else "knn_untrained"
+            before = {"knn_pixels": self.knn(pixels), start: self.knn()}
             self.write(**before)
             values = ", ".join(f"{k[4:]} {v:.1f} %" for k, v in before.items())
             self.say(f"k-NN before training, {len(self.sets[1])} test images: {values}")
@@ -1275,7 +1395,7 @@ class Run:
             points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label="trained")
             axes.set(xlabel="epoch", title=titles[name])
-        for key, style in (("knn_pixels", ":"), ("knn_untrained", "--")):
+        for key, style in (("knn_pixels", ":"), ("knn_untrained", "--"), ("knn_start", "--")):
             for value in (row[key] for row in rows if key in row):
                 right.axhline(value, color="grey", linestyle=style, label=key[4:])
         if self.sets:
@@ -1285,9 +1405,11 @@ class Run:
     def finish(self):
         """Prints and returns the result of a run that has reached its end."""
         self.bar.close()
-        result = self.last("knn_pixels", "knn_untrained", "step", "loss", "knn", "seconds") if self.rank == 0 else {}
+        result = {}
+        if self.rank == 0:
+            result = self.last("knn_pixels", "knn_untrained", "knn_start", "step", "loss", "knn", "seconds")
         result["checkpoint"] = str(self.out / "last.pt")
-        self.say(json.dumps(result))
+        self.say(to_json(result))
         return result
 
 

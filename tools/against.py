@@ -81,7 +81,7 @@ def authors_dino(args, device):
 
     def net(drop_path):
         size = dict(embed_dim=shape["dim"], depth=shape["depth"], num_heads=shape["heads"], mlp_ratio=4, qkv_bias=True)
-        size |= dict(img_size=[args.img_size[0]], patch_size=args.patch, norm_layer=norm, drop_path_rate=drop_path)
+        size |= dict(img_size=[args.img_size], patch_size=args.patch, norm_layer=norm, drop_path_rate=drop_path)
         head = vits.DINOHead(shape["dim"], args.prototypes, norm_last_layer=True, hidden_dim=args.hidden)
         return utils.MultiCropWrapper(vits.VisionTransformer(**size), head).to(device)
 
@@ -91,7 +91,7 @@ def authors_dino(args, device):
         p.requires_grad = False
     loss_fn = main_dino.DINOLoss(args.prototypes, args.local_crops + 2, 0.04, 0.04, 0, 100).to(device)
     crop = lambda n, s: [torch.randn(args.batch, 3, s, s, device=device) for _ in range(n)]
-    crops = crop(2, args.img_size[0]) + crop(args.local_crops, args.local_size)
+    crops = crop(2, args.img_size) + crop(args.local_crops, args.local_size)
 
     def between():
         utils.clip_gradients(student, 3.0)
@@ -111,7 +111,7 @@ def authors_dino(args, device):
 
 def mae_like(run, /, **more):
     shape = shape_of(run, 3)
-    size = dict(img_size=run.img_size[0], patch_size=run.patch, embed_dim=shape["dim"], depth=shape["depth"])
+    size = dict(img_size=run.img_size, patch_size=run.patch, embed_dim=shape["dim"], depth=shape["depth"])
     size |= dict(num_heads=shape["heads"], mlp_ratio=4, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
     decoder = dict(decoder_embed_dim=run.decoder_dim, decoder_depth=run.decoder_depth)
     return size | decoder | dict(decoder_num_heads=run.decoder_heads) | more
@@ -121,7 +121,7 @@ def authors_mae(args, device):
     import models_mae
 
     net = models_mae.MaskedAutoencoderViT(**mae_like(args, norm_pix_loss=args.norm_pix)).to(device)
-    imgs = torch.randn(args.batch, 3, *args.img_size, device=device)
+    imgs = torch.randn(args.batch, 3, args.img_size, args.img_size, device=device)
     return theirs(net, device, lambda i: net(imgs, mask_ratio=args.mask_ratio)[0], between=grad_norm(net))
 
 
@@ -132,7 +132,7 @@ def authors_pcae(args, device):
     teacher = models_mae.PCAEViT(**mae_like(args, use_decoder=False)).to(device).requires_grad_(False)
     if student.decoder_pred.out_features != shape_of(args, 3)["dim"]:  # right for ViT-B alone
         student.decoder_pred = nn.Linear(args.decoder_dim, shape_of(args, 3)["dim"]).to(device)
-    imgs = torch.randn(args.batch, 3, *args.img_size, device=device)
+    imgs = torch.randn(args.batch, 3, args.img_size, args.img_size, device=device)
 
     def loss_of(i):
         with torch.no_grad():
@@ -162,8 +162,8 @@ def authors_siameseim(args, device):
     options |= dict(with_blockwise_mask=True, neg_weight=0.02, fp32=True)
     own = types.SimpleNamespace(**options)
     net = models_sim.SiameseIMViT(**mae_like(args, norm_layer=LayerNorm, args=own)).to(device)
-    a, b = (torch.randn(args.batch, 3, *args.img_size, device=device) for _ in range(2))
-    draws, grid = siameseim.sample_step(args, 0, args.img_size[0]), ViT.grid_of(args.img_size, args.patch)
+    a, b = (torch.randn(args.batch, 3, args.img_size, args.img_size, device=device) for _ in range(2))
+    draws, grid = siameseim.sample_step(args, 0, args.img_size), ViT.grid_of([args.img_size] * 2, args.patch)
     visible = siameseim.visible_patches(draws, grid, args.mask_ratio).to(device)
     mask = torch.ones(args.batch, math.prod(grid), device=device).scatter(1, visible, 0.0)
     ones = torch.ones(args.batch, device=device)
@@ -179,7 +179,7 @@ def lightly_dino(args, device):
     from lightly.models.utils import update_momentum
 
     shape = shape_of(args, 3)
-    size = dict(img_size=args.img_size[0], patch_size=args.patch, embed_dim=shape["dim"], depth=shape["depth"])
+    size = dict(img_size=args.img_size, patch_size=args.patch, embed_dim=shape["dim"], depth=shape["depth"])
     size |= dict(num_heads=shape["heads"], num_classes=0, dynamic_img_size=True)
 
     def net(drop_path):
@@ -190,7 +190,7 @@ def lightly_dino(args, device):
     teacher.load_state_dict(student.state_dict())
     loss_fn = DINOLoss(args.prototypes).to(device)
     crop = lambda n, s: [torch.randn(args.batch, 3, s, s, device=device) for _ in range(n)]
-    crops = crop(2, args.img_size[0]) + crop(args.local_crops, args.local_size)
+    crops = crop(2, args.img_size) + crop(args.local_crops, args.local_size)
 
     def loss_of(i):
         update_momentum(student, teacher, 0.996)
@@ -207,15 +207,15 @@ def lightly_mae(args, device):
     from lightly.models import utils
     from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
 
-    shape, tokens = shape_of(args, 3), math.prod(ViT.grid_of(args.img_size, args.patch))
-    size = dict(img_size=args.img_size[0], patch_size=args.patch, embed_dim=shape["dim"], depth=shape["depth"])
+    shape, tokens = shape_of(args, 3), math.prod(ViT.grid_of([args.img_size] * 2, args.patch))
+    size = dict(img_size=args.img_size, patch_size=args.patch, embed_dim=shape["dim"], depth=shape["depth"])
     vit = timm.models.vision_transformer.VisionTransformer(**size, num_heads=shape["heads"], num_classes=0)
     net = nn.Module()
     net.encoder = MaskedVisionTransformerTIMM(vit=vit)
     own = dict(num_patches=tokens, patch_size=args.patch, embed_dim=shape["dim"], decoder_embed_dim=args.decoder_dim)
     net.decoder = MAEDecoderTIMM(**own, decoder_depth=args.decoder_depth, decoder_num_heads=args.decoder_heads)
     net.to(device)
-    imgs = torch.randn(args.batch, 3, *args.img_size, device=device)
+    imgs = torch.randn(args.batch, 3, args.img_size, args.img_size, device=device)
 
     def loss_of(i):
         keep, hidden = utils.random_token_mask((args.batch, 1 + tokens), args.mask_ratio, device=device)
