@@ -422,12 +422,13 @@ def plain(x):
         return {str(k): plain(v) for k, v in x.items()}
     if isinstance(x, list):
         return [plain(v) for v in x]
-    return round(x, 6) if isinstance(x, float) else x
+    return x if not isinstance(x, float) else round(x, 6) if math.isfinite(x) else None
 
 
 def load_sets(args, config):
     """Training and test images with labels where there are some, and shape and texture labels where they are known."""
     side, (train, test) = resize_side(config["img_size"]), open_images(args.data)
+    test = train if test is None else test  # without labels there are no k-NN and no probe
     sets = dict(train=train.subset(args.train_images).at(side), test=test.subset(args.limit).at(side))
     if args.cue_conflict:
         files = [f for f in list_images(args.cue_conflict) if "-" in Path(f).stem]

@@ -299,12 +299,12 @@ def collapse(entropy, kl, prototypes):
 
 
 @torch.no_grad()
-def draw_attention(vit, x, mean, std, file):
+def draw_attention(vit, x, mean, std, file, tile=96):
     """Saves, for images x (B, C, h, w), each head's attention of the CLS token (last block), and 60 % of it as a mask.
 
-    mean, std (C, 1, 1): those with which x was normalised.
+    mean, std (C, 1, 1): those with which x was normalised. tile: the long side of each picture, px.
     """
-    maps = vit.attention(x)[:, :, 0, 1:]  # (B, H, N)
+    maps = vit.attention(x, queries=1)[:, :, 0, 1:]  # (B, H, N)
     grid = lambda t: rearrange(t.float(), "b h (i j) -> b h 1 i j", i=x.shape[-2] // vit.patch)
     zoom = lambda t, **mode: torch.stack([F.interpolate(m, size=x.shape[-2:], **mode) for m in t.unbind(1)], dim=1)
     heat = zoom(grid(maps / maps.amax(dim=-1, keepdim=True)), mode="bicubic").clamp(0, 1)
@@ -313,7 +313,7 @@ def draw_attention(vit, x, mean, std, file):
     masked = img * (0.15 + 0.85 * zoom(grid(attention_mask(maps))))
     columns = {f"head {i}": h for i, h in enumerate(heat.unbind(1), 1)}
     columns |= {f"head {i}: 60 %": m for i, m in enumerate(masked.unbind(1), 1)}
-    save_grid(dict(image=x * std + mean) | columns, file)
+    save_grid(dict(image=x * std + mean) | columns, file, tile)
 
 
 @cli

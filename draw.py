@@ -3,6 +3,7 @@
     python draw.py runs/dino-demo/last.pt cat.jpg dog.png            # writes runs/dino-demo/attention-cat.png, ...
     python draw.py runs/mae-demo/last.pt cat.jpg --out pictures      # and reconstruction-cat.png: it has a decoder
     python draw.py dino_deitsmall16_pretrain.pth cat.jpg             # the authors' weights
+    python draw.py weights/dino-cifar10.pt cat.jpg --img-size 480    # attention of the image at another size
 
 attention: for each head, where the CLS token attends in the last block, then the patches that hold 60 % of it.
 reconstruction: of MAE and the hybrid, what is visible, what the network makes of it, the image. Of PCAE, tokens: the
@@ -17,15 +18,16 @@ import hybrid
 import mae_pcae
 
 # isort: off
-from vit import InputError  # 1 network
+from vit import InputError, ViT  # 1 network
 from vit import decode, mean_and_std, prepare, reading, resize_side, square  # 2 images
 from vit import load_checkpoint, load_encoder  # 6 checkpoints
-from vit import DEVICE, cli, launch, options, shape_of  # 7 runs
+from vit import COUNT, DEVICE, cli, launch, options, shape_of  # 7 runs
 
 OPTIONS = dict(
     checkpoint=(None, "last.pt of a run, a file of weights/, the authors' or timm's", dict(flag="checkpoint")),
     files=(None, "image files", dict(flag="files", nargs="+")),
     out=(None, "folder for the pictures (that of the checkpoint)"),
+    img_size=(None, "side of the image for attention, px; positions are interpolated (the network's)", COUNT),
     heads=(None, "attention heads, for files of others, which do not tell", dict(type=int)),
     device=DEVICE,
 )
@@ -45,12 +47,13 @@ def load_network(file, config, device):
     return net.mae if args.method == "hybrid" else net
 
 
-def read_square(file, config):
-    """The middle square of an image file, for a network of 3 channels or 1: uint8 (1, C, S, S)."""
+def read_square(file, config, device):
+    """The middle square of an image file as input of a network of 3 channels or 1: (1, C, h, w)."""
     img = square(decode(file, resize_side(config["img_size"])))[None]
     if config["in_chans"] not in (1, 3):
         raise InputError(f"{file} is an image of 3 channels, but the network takes {config['in_chans']}")
-    return img if config["in_chans"] == 3 else img.float().mean(dim=1, keepdim=True).round().byte()
+    img = img if config["in_chans"] == 3 else img.float().mean(dim=1, keepdim=True).round().byte()
+    return prepare(img.to(device), config)
 
 
 @cli
@@ -60,16 +63,18 @@ def main(argv=None):
     vit, config = load_encoder(args.checkpoint, args.heads)
     vit, net = vit.to(device), load_network(args.checkpoint, config, device)
     mean, std = mean_and_std(config, device)
+    size = [args.img_size] * 2 if args.img_size else config["img_size"]
+    ViT.grid_of(size, vit.patch)  # refuses a size that patches do not divide
     out = Path(args.out or Path(args.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)
     kind, written = "tokens" if config.get("method") == "pcae" else "reconstruction", []
     for name in args.files:
-        x = prepare(read_square(name, config).to(device), config)
+        x = read_square(name, config | dict(img_size=size), device)
         written.append(out / f"attention-{Path(name).stem}.png")
-        dino.draw_attention(vit, x, mean, std, written[-1])
+        dino.draw_attention(vit, x, mean, std, written[-1], args.img_size or 96)
         if net:
             written.append(out / f"{kind}-{Path(name).stem}.png")
-            mae_pcae.draw(net, x, written[-1])
+            mae_pcae.draw(net, read_square(name, config, device), written[-1])
     print("\n".join(map(str, written)))
     return written
 

@@ -126,7 +126,7 @@ def from_attention(vit, imgs, masks, config, mass, device):
     out = []
     for x, m in zip(imgs.split(50), masks.split(50), strict=True):
         x, m = prepare(x.to(device), config), m.to(device)[:, None]
-        kept = attention_mask(vit.attention(x)[:, :, 0, 1:], mass).unflatten(2, vit.grid)
+        kept = attention_mask(vit.attention(x, queries=1)[:, :, 0, 1:], mass).unflatten(2, vit.grid)
         kept = F.interpolate(kept.float(), size=m.shape[-2:]) > 0.5
         foreground = (m > 0) & (m != 255)
         both, either = overlaps(kept, foreground, m != 255)

@@ -110,8 +110,9 @@ class Attention(nn.Module):
     def weights(self, q, k):  # softmax attention (B, H, N, N): one row per query, rows sum to one
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
-    def maps(self, x):  # (B, N, D) -> (B, H, N, N)
-        return self.weights(*self.split(x)[:2])
+    def maps(self, x, queries=None):  # (B, N, D) -> (B, H, N, N), or of the first `queries` tokens (B, H, queries, N)
+        q, k, _ = self.split(x)
+        return self.weights(q[:, :, :queries], k)
 
     def forward(self, x, queries=None):
         q, k, v = self.split(x)
@@ -213,10 +214,12 @@ class ViT(nn.Module):
         x = self.embed(imgs)
         return [self.norm(x := block(x)) for block in self.blocks]
 
-    def attention(self, imgs, layer=-1):
-        """Softmax attention of one block, (B, H, 1+N, 1+N); row 0 shows where the CLS token attends."""
+    def attention(self, imgs, layer=-1, queries=None):
+        """Softmax attention of one block, (B, H, 1+N, 1+N). Row 0 shows where the CLS token attends; with queries=1 it
+        alone is computed.
+        """
         block = self.blocks[layer]
-        return block.attn.maps(block.norm1(self.blocks[:layer](self.embed(imgs))))
+        return block.attn.maps(block.norm1(self.blocks[:layer](self.embed(imgs))), queries)
 
     def encode(self, imgs, feature="cls"):
         """One vector per image: "cls", the CLS token (B, D); "mean", the mean patch token; "both", (B, 2D)."""
@@ -293,9 +296,10 @@ def square(img, offset=0.5):
 def as_labels(labels, n, where):
     """Labels as an array (n,) of whole numbers from 0, or of names. Raises InputError for all others."""
     labels = np.asarray(labels)
-    flat = labels[:, 0] if labels.shape == (n, 1) else labels
-    if flat.shape != (n,) or flat.dtype.kind not in "iuU" or flat.dtype.kind == "i" and (flat < 0).any():
-        found = f"{labels.dtype} {labels.shape}" + ", some below 0" * (labels.dtype.kind == "i" and (labels < 0).any())
+    flat, kind = labels[:, 0] if labels.shape == (n, 1) else labels, labels.dtype.kind
+    negative = kind == "i" and bool((labels < 0).any())
+    if flat.shape != (n,) or kind not in "iuU" or negative:
+        found = f"{labels.dtype} {labels.shape}" + ", some below 0" * negative
         raise InputError(f"{where}: labels must be ({n},), whole numbers from 0 or class names, not {found}")
     return flat
 

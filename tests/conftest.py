@@ -115,8 +115,8 @@ def tiny(*more, data="tiny.npz", batch=8, out="run", method="dino"):
     return f"{common} {OWN[method]}".split() + [*map(str, more)]
 
 
-def network(*more, method="dino", channels=3, side=16):
-    """A perturbed network of these options, and its options: (net, args), as main makes them."""
+def network(*more, method="dino", channels=3, side=16, size=None):
+    """A perturbed network of these options, and its options: (net, args), as main makes them; size: of its images."""
     module = MODULE[method]
     table = module.OPTIONS | (mae_pcae.PCAE_OPTIONS if method == "pcae" else {})
     fixed = {} if module is mae_pcae else dict(method=method)
@@ -124,7 +124,9 @@ def network(*more, method="dino", channels=3, side=16):
     vit.settle(args, table, side)
     vars(args).update(getattr(module, "ABLATIONS", {}).get(vars(args).get("ablate"), {}))
     torch.manual_seed(0)
-    net = NETWORK[method](vit.shape_of(args, channels), args, [0.5] * channels, [0.3] * channels)
+    net = NETWORK[method](
+        vit.shape_of(args, channels) | (dict(img_size=size) if size else {}), args, [0.5] * channels, [0.3] * channels
+    )
     for p in net.parameters():  # away from zero biases, unit gains and equal teachers
         p.data += 0.05 * torch.randn_like(p)
     return net, args

@@ -35,7 +35,7 @@ def test_attention_that_is_the_mask_scores_one():
     class Seer(torch.nn.Module):
         grid = (4, 4)
 
-        def attention(self, x):  # head 0 looks at the bright patches, head 1 at the dark ones
+        def attention(self, x, queries=None):  # head 0 looks at the bright patches, head 1 at the dark ones
             bright = torch.nn.functional.avg_pool2d(x[:, 0], 4).flatten(1) > 0
             maps = torch.stack([bright, ~bright], dim=1).float() + 1e-4
             return torch.nn.functional.pad(maps[:, :, None], (1, 0))
@@ -112,5 +112,6 @@ def test_values_of_masks_are_classes_whatever_they_are():
 @pytest.mark.parametrize("main", [eval_dense.main, analyze.main])
 def test_several_processes_are_refused(main, capsys, monkeypatch):
     """They would all do the same work and write the same files."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500").items():
+        monkeypatch.setenv(name, value)
     assert "start it without torchrun" in fails(main, ["x.pt"], capsys)

@@ -172,7 +172,8 @@ CHANGES["no-multicrop"] = {"local_crops", "global_scale"}
 def test_ablations_change_one_thing_and_run(npz, name):
     assert dino.ABLATIONS[name].keys() == CHANGES.get(name, set())
     assert hasattr(dino, f"{name}_loss") == (name not in CHANGES)
-    assert math.isfinite(dino.main(tiny("--ablate", name, "--steps", 3))["loss"])
+    options = " ".join(tiny("--ablate", name, "--steps", 3)).replace("--local-crops 2 ", "")  # which one of them sets
+    assert math.isfinite(dino.main(options.split())["loss"])
     found = log()[0]["args"]
     assert all(found[k] == v for k, v in dino.ABLATIONS[name].items())
 

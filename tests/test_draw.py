@@ -46,6 +46,18 @@ def test_of_files_with_an_encoder_alone_attention_is_drawn(npz):
     assert Path(draw.main(["foreign.pth", picture(), "--heads", "4"])[0]).exists()
 
 
+def test_attention_at_another_size_costs_one_row_of_it(monkeypatch):
+    """Tiles are as large as the image; the last block computes the CLS token's attention alone."""
+    net, _ = encoder("x.pt")
+    rows, weights = [], vit.Attention.weights
+    monkeypatch.setattr(vit.Attention, "weights", lambda self, q, k: rows.append(q.shape[2]) or weights(self, q, k))
+    with Image.open(draw.main(["x.pt", picture(), "--img-size", "160", "--device", "cpu"])[0]) as img:
+        assert img.size == (5 * 162 + 2, 162 + 2 + 14) and rows == [1]
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(net.attention(x, queries=1), net.attention(x)[:, :, :1])
+
+
 def test_a_reconstruction_uses_the_options_of_its_run(npz, monkeypatch):
     MAIN["mae"](tiny("--steps", 1, "--no-norm-pix", "--mask-ratio", 0.5, method="mae"))
     seen = []

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -96,10 +97,28 @@ def test_every_mode_gives_correct_rgb(mode):
     assert (x.float().mean((1, 2)) - torch.tensor(expected)).abs().max() <= 2
 
 
-def test_sixteen_bits_floats_and_a_transparent_palette():
-    assert (vit.decode(save("x.png", Image.fromarray(np.full((8, 8), 51 * 257, np.uint16))), 8) == 51).all()
-    x = vit.decode(save("x.tif", Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8))), 8)
-    assert x[0, 0, 0] == 0 and x[0, -1, -1] == 255
+def test_grey_of_16_bits_is_exact_and_monotone():
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    for file in ("x.png", "x.tif", "x.pgm"):
+        x = vit.decode(save(file, Image.fromarray(levels)), 256)[0].flatten().int()
+        assert (x.diff() >= 0).all() and torch.equal(x, (torch.arange(65536) / 257).round().int()), file
+
+
+SIGNED = dict(int16=np.int16, int32=np.int32, float=np.float32)
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_signed_32_bit_and_floating_point_images_are_refused(kind):
+    pixels = np.linspace(-300, 300, 64).reshape(8, 8).astype(SIGNED[kind])
+    if kind == "float":
+        pixels[0, 0] = np.nan
+    img = Image.fromarray(pixels.astype(np.int32)) if kind == "int16" else Image.fromarray(pixels)
+    save("x.tif", img, **(dict(tiffinfo={339: 2, 258: 16}) if kind == "int16" else {}))
+    with pytest.raises(vit.InputError, match="signed, 32-bit or floating-point pixels: convert it to 8 bits"):
+        vit.decode("x.tif", 8)
+
+
+def test_a_transparent_palette():
     img = Image.new("P", (8, 8), 0)
     img.putpalette([10, 20, 30])
     assert (vit.decode(save("x.png", img, transparency=0), 8) == 255).all()
@@ -112,6 +131,11 @@ def test_exif_rotation():
     img.convert("RGB").save("x.jpg", exif=exif, quality=95)
     x = vit.decode("x.jpg", 8).float()
     assert x.shape == (3, 8, 16) and x[..., 10:].mean() > 240 and x[..., :6].mean() < 15
+    data = bytearray(Path("x.jpg").read_bytes())
+    at = data.index(b"Exif") + 14  # the number of entries in the directory
+    data[at : at + 12] = b"\xff" * 12
+    Path("broken.jpg").write_bytes(data)
+    assert vit.decode("broken.jpg", 8).shape == (3, 16, 8)  # unturned, but not lost
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (3, 2), (640, 480), (9000, 2)])
@@ -153,28 +177,70 @@ def test_broken_images_are_skipped_counted_and_named(kind, capsys):
     assert "skipped 1 unreadable images of 10: bad.png" in capsys.readouterr().err.replace("./", "")
 
 
-def test_a_skipped_file_takes_its_label_along(monkeypatch):
-    """Whether decoded at once, or streamed by processes: labels stay those of the images."""
+def test_rows_are_those_of_the_files_that_were_read(monkeypatch):
+    """With a broken file in the middle: left out and named in memory, an error where features are streamed."""
     for i, name in enumerate("abcd"):
         save(f"d/{name}/0.png", Image.new("RGB", (8, 8), (60 * i, 0, 0)))
     Path("d/b/0.png").write_bytes(b"broken")
-    train = vit.open_images("d")[0].pick(range(4))
-    images = train.at(8, quiet=True)
-    assert [x[0, 0, 0].item() // 60 for x in images.items] == images.labels.tolist() == [0, 2, 3]
+    whole = vit.Images(vit.list_images("d"), [0, 1, 2, 3], side=8)
+    config = dict(img_size=[8, 8], mean=[0.0] * 3, std=[1.0] * 3)
+    encode, device = lambda x: x[:, 0].mean((1, 2))[:, None], torch.device("cpu")
+    red = lambda images, workers: vit.features(encode, images, config, device, workers=workers)
+    images = whole.at(8, quiet=True)
+    assert (red(images, 0)[:, 0] * 255 / 60).round().tolist() == images.labels.tolist() == [0, 2, 3]
+    assert images.files == ["d/a/0.png", "d/c/0.png", "d/d/0.png"] == images.subset(9).files
     monkeypatch.setattr(vit, "IN_MEMORY", 0)
+    streamed = whole.at(8)
     for workers in (0, 1):
-        images = vit.open_images("d")[0].pick(range(4)).at(8)
-        heard = pytest.warns(UserWarning, match="unreadable image: .*b/0.png")
+        with pytest.raises(vit.InputError, match="d/b/0.png is not a readable image"):
+            red(streamed, workers)
+    streamed.replace = True  # as in training, where labels play no part
+    for workers in (0, 1):
+        heard = pytest.warns(UserWarning, match="takes the place of an unreadable one: .*b/0.png")
         with heard if workers == 0 else warnings.catch_warnings(action="ignore"):  # a process warns on its own
-            (batch,) = vit.stream(images, vit.in_order(images, 4), workers=workers)
-        assert (batch[:, 0, 0, 0] // 60).tolist() == images.labels.tolist() == [0, 2, 2, 3]
+            (batch,) = vit.stream(streamed, vit.in_order(streamed, 4), workers=workers)
+        assert (batch[:, 0, 0, 0] // 60).tolist() == [0, 2, 2, 3] and streamed.labels.tolist() == [0, 1, 2, 3]
 
 
-def test_sets_of_a_user_s_own_are_read_one_by_one():
-    images = vit.Images(Mine(12), side=10)
-    assert images[3, 0.5].shape == (3, 10, 10) and images.at(10).items.shape == (12, 3, 10, 12)
-    (batch,) = vit.stream(images, vit.in_order(images, 12), workers=0)
-    assert batch[:, 0, 0, 0].tolist() == list(range(12)) and images.subset(3)[2, 0.5][0, 0, 0] == 11
+def test_sets_of_a_user_s_own_are_read_one_by_one(monkeypatch):
+    images = vit.Images(Mine(12), range(12), side=10)
+    assert images[3, 0.5].shape == (3, 10, 10) and images.at(10).items.shape == (12, 3, 10, 10)
+    assert images.subset(3)[2, 0.5][0, 0, 0] == 11 and images.files is None
+    monkeypatch.setattr(vit, "IN_MEMORY", 0)
+    (batch,) = vit.stream(images.at(10), vit.in_order(images, 12), workers=2)  # by processes, as files are
+    assert batch[:, 0, 0, 0].tolist() == list(range(12))
+
+
+ITEMS = dict(floats=torch.rand(3, 8, 8), int64=torch.zeros(3, 8, 8).long(), last=torch.zeros(8, 8, 3).byte())
+ITEMS |= dict(numpy=np.zeros((3, 8, 8), np.uint8), pil=Image.new("RGB", (8, 8)), pair=(torch.zeros(3, 8, 8).byte(), 1))
+ITEMS |= dict(mask=torch.zeros(3, 8, 8).bool(), flat=torch.zeros(8, 8).byte())
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+def test_items_of_another_kind_are_named(kind):
+    with pytest.raises(vit.InputError, match=r"images must be files or uint8 tensors \(C, h, w\), not \w+"):
+        vit.Images([ITEMS[kind]] * 3)
+
+
+LABELS = dict(
+    floats=[0.0, 1, 2, 3], unknown=[0, 1, -1, 2], hot=np.eye(4, dtype=int), length=[0, 1, 2], flags=[True] * 4
+)
+LABELS |= dict(several=np.zeros((4, 14), int), scalar=3, names=[["a", "b"]] * 4)
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_another_kind_are_refused_with_what_was_found(kind):
+    np.savez("x.npz", images=pictures(4)[0], labels=np.array(LABELS[kind]))
+    found = np.array(LABELS[kind])
+    with pytest.raises(vit.InputError, match=r"x.npz, labels: labels must be \(4,\), whole numbers from 0") as e:
+        load("x.npz")
+    assert f"{found.dtype} {found.shape}" in str(e.value)
+
+
+def test_labels_are_lists_or_arrays_of_numbers_or_names():
+    x, y = pictures(20)
+    for labels in (y, y.astype(np.uint8), y[:, None], y.tolist()):
+        assert vit.Images(torch.from_numpy(x).permute(0, 3, 1, 2), labels).labels.tolist() == y.tolist()
 
 
 def test_nothing_readable():
@@ -185,36 +251,78 @@ def test_nothing_readable():
         load(".")
 
 
-def test_layouts():
-    for split in ("train", "val"):
-        for name in ("cat", "dög"):
-            for i in range(3):
-                save(f"one/{split}/{name}/{i}.png")
-                save(f"two/{name}/{split}{i * 2}/{i}.png")
-                save(f"three/{split}/{i}.png")
+def folders(*names, n=3):
+    for name in names:
+        for i in range(n):
+            save(f"{name}/{i}.png")
+
+
+def test_layouts(capsys):
+    folders(
+        *(f"one/{split}/{name}" for split in ("train", "val") for name in ("cat", "dög")), "three/train", "three/val"
+    )
+    folders("two/cat/a", "two/cat/b", "two/dög")
     images = load("one", "test", 8)
     assert len(images) == 6 and images.classes == ["cat", "dög"] and images.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    train, test = (load("two", s, 8) for s in ("train", "test"))
-    assert (len(train), len(test)) == (11, 1) and train.classes == ["cat", "dög"]
-    assert load("three", "train", 8).labels is None and len(load("three", "train", 8)) == 3
+    train, test = vit.open_images("two")
+    assert (len(train), len(test)) == (7, 2) and train.classes == ["cat", "dög"] and test.labels.tolist() == [0, 1]
+    assert capsys.readouterr().err == ""
+    train, test = vit.open_images("three")
+    assert train.labels is None and len(train) == 3 and test is None
     with pytest.raises(vit.InputError, match="no images in"):
         os.makedirs("four/train/empty")
         load("four", "train", 8)
 
 
-def test_train_alone_and_test_without_labels():
-    for name in ("cat", "dog"):
-        for i in range(10):
-            save(f"alone/train/{name}/{i}.png")
-            save(f"kaggle/train/{name}/{i}.png")
-    save("kaggle/test/1.png")
-    train, test = vit.open_images("alone")
-    assert (len(train), len(test)) == (18, 2)
-    train, test = vit.open_images("kaggle")
-    assert len(train) == 20 and test.labels is None
-    x, y = pictures(20)
-    np.savez("alone.npz", train_images=x, train_labels=y)
-    assert [len(images) for images in vit.open_images("alone.npz")] == [18, 2]
+@pytest.mark.parametrize("train", ["train", "Training"])
+@pytest.mark.parametrize("test", ["test", "Testing", "val", "valid", "validation"])
+def test_names_of_splits(train, test):
+    folders(*(f"d/{split}/{c}" for split in (train, test) for c in "abc"))
+    assert [len(images) for images in vit.open_images("d")] == [9, 9]
+
+
+def test_what_is_left_out_is_counted_and_named(capsys):
+    folders("d/train/a", "d/train/b", "d/val/a", "d/val/b", "d/extra/a", "d/test")  # test/ is flat, as of a contest
+    save("d/train/preview.png"), save("d/val/preview.png")
+    train, test = vit.open_images("d")
+    err = capsys.readouterr().err
+    assert len(train) == len(test) == 6 and test.files[0].startswith("d/val/a")
+    assert "left out 1 images beside the class folders of d/train: preview.png" in err and "of d/val: preview" in err
+    assert re.search(r"not used, besides d/(train|val), d/(train|val): d/extra, d/test", err)
+    folders("alone/train/a", "alone/train/b", "alone/dev/a", "alone/dev/b")
+    assert [len(images) for images in vit.open_images("alone")] == [4, 2]
+    assert "not used, besides alone/train: alone/dev" in capsys.readouterr().err
+
+
+def test_masks_and_images_are_refused_and_a_link_to_the_folder_itself_counts_once():
+    folders("pairs/images", "pairs/masks")
+    with pytest.raises(vit.InputError, match="holds images/ and masks/, as eval_dense.py takes them"):
+        load("pairs")
+    folders("d/a", "d/b")
+    os.symlink(".", "d/self")
+    assert sorted(f for images in vit.open_images("d") for f in images.files) == vit.list_images("d")
+    assert len(vit.list_images("d")) == 6
+
+
+def test_a_tenth_of_each_class_is_held_out_and_nothing_that_is_searched_among():
+    labels = torch.arange(10).repeat(30)  # every tenth in order would be one class
+    train, test = vit.hold_out(labels)
+    assert labels[test].bincount().tolist() == [3] * 10 and sorted([*train, *test]) == list(range(300))
+    assert torch.equal(test, vit.hold_out(labels)[1])
+    few = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    assert few[vit.hold_out(few)[1]].tolist() == [0, 1]  # a class of one image only trains
+
+
+def test_without_two_classes_or_a_test_image_there_is_nothing_to_test():
+    x, y = pictures(4)
+    np.savez("one.npz", train_images=x, train_labels=y * 0, test_images=x, test_labels=y * 0)
+    np.savez("single.npz", images=x, labels=np.arange(4))
+    np.savez("unknown.npz", train_images=x, train_labels=y, test_images=x)
+    folders("album/2024")
+    for data in ("one.npz", "single.npz", "album"):
+        assert vit.open_images(data)[1] is None
+    assert [len(images) for images in vit.open_images("unknown.npz")] == [3, 1]
+    assert vit.open_images("one.npz", whole=True)[1].labels.tolist() == [0] * 4  # a classifier can be applied to it
 
 
 def test_classes_missing_in_one_split_are_numbered_alike():
@@ -223,20 +331,6 @@ def test_classes_missing_in_one_split_are_numbered_alike():
     train, test = vit.open_images("x.npz")
     assert train.labels.tolist() == [0, 1, 2, 3] and test.labels.tolist() == [0, 2, 3, 4]
     assert train.classes == test.classes == ["0", "1", "2", "3", "9"]
-
-
-def test_labels_of_one_class_and_a_class_without_images():
-    for name in ("cats", "dogs", "empty"):
-        os.makedirs(f"d/{name}")
-    for i in range(4):
-        save(f"d/cats/{i}.png")
-    assert load("d", side=8).labels is None  # one class tells nothing apart
-    save("d/dogs/0.png")
-    assert load("d", side=8).classes == ["cats", "dogs"]
-    x, _ = pictures(4)
-    np.savez("one.npz", train_images=x, train_labels=np.zeros(4), test_images=x, test_labels=np.zeros(4))
-    images = load("one.npz")
-    assert images.classes == ["0.0"] and vit.knn(torch.eye(4), images.labels, torch.eye(4), images.labels)[20][0] == 100
 
 
 def test_links_that_lead_back_and_folders_that_cannot_be_read():
@@ -253,19 +347,27 @@ def test_npz_kinds():
     x, y = pictures(20)
     np.savez("medmnist.npz", train_images=x, train_labels=y[:, None], val_images=x[:4], val_labels=y[:4, None])
     np.savez("grey.npz", images=x[..., 0], labels=np.array(["b", "a"] * 10))
-    np.savez("gaps.npz", train_images=x, train_labels=y * 50 - 7, test_images=x[:3], test_labels=y[:3] * 50 - 7)
-    np.savez("many.npz", train_images=x, train_labels=np.zeros((20, 5)))
+    np.savez("gaps.npz", train_images=x, train_labels=y * 50 + 7, test_images=x[:3], test_labels=y[:3] * 50 + 7)
     assert len(load("medmnist.npz", "test")) == 4  # val stands in for test
     grey = load("grey.npz")
     assert grey.channels == 3 and len(grey) == 18 and grey.classes == ["a", "b"]
     assert len(load("grey.npz", "test")) == 2
     assert load("gaps.npz").labels.tolist() == y.tolist()
-    assert load("many.npz").labels is None
     assert load("medmnist.npz", side=8).items.shape == (20, 3, 8, 8)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 12])
+def test_channels_first_is_told_so(channels):
+    np.savez("x.npz", images=np.zeros((40, channels, 64, 64), np.uint8))
+    with pytest.raises(vit.InputError, match=r"has channels first, .*: give \(N, H, W, C\)"):
+        load("x.npz")
+    np.savez("x.npz", images=np.zeros((40, 64, 64, channels), np.uint8))
+    assert load("x.npz").channels == channels
 
 
 PIXELS = pictures(4)[0]
 WRONG = dict(labels=dict(labels=np.arange(4)), empty=dict(images=PIXELS[:0]), floats=dict(images=PIXELS / 255))
+WRONG |= dict(one=dict(images=PIXELS[0]))
 WRONG |= dict(objects=dict(images=np.array([print, PIXELS], dtype=object)))
 
 
@@ -383,6 +485,21 @@ def test_of_pcae_s_files_the_model_is_taken_and_of_dino_s_the_teacher():
         vit.load_encoder("both.pth")
     for file, expected in (("pcae.pth", model), ("dino.pth", teacher)):
         assert torch.equal(vit.load_encoder(file)[0].cls_token, expected["cls_token"])
+
+
+@pytest.mark.parametrize("key", ["net", "model_ema", "model_state_dict", "model"])
+def test_weights_beside_numbers_arrays_and_paths(key):
+    beside = dict(
+        best=np.float64(71.2), count=np.int32(3), history=np.arange(3.0), where=argparse.Namespace(out=Path("x"))
+    )
+    torch.save({key: small().state_dict(), "epoch": 1, **beside}, "x.pth")
+    assert torch.equal(vit.load_encoder("x.pth", quiet=True)[0].cls_token, small().cls_token)
+
+
+def test_a_checkpoint_without_a_vit_says_what_it_holds():
+    torch.save(dict(my_weights=dict(small().state_dict()), epoch=3), "x.pth")
+    with pytest.raises(vit.InputError, match="its keys: my_weights, epoch.*save its weights alone, torch.save"):
+        vit.load_encoder("x.pth")
 
 
 class Bomb:

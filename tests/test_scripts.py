@@ -5,15 +5,19 @@ import contextlib
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import embed
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN, ROOT, dino_fast, encoder, fails, tiny
+from conftest import MAIN, ROOT, dino_fast, encoder, environment, fails, tiny
 from PIL import Image
 
 import bench
@@ -67,10 +71,10 @@ def test_the_network_can_be_copied_alone():
 def test_dino_s_views_head_and_loss_can_be_copied_alone():
     """The views with section 3 of vit.py, the head and the loss with nothing."""
     views = run_alone(section(3), *map(inspect.getsource, (dino.sample_views, dino.augment)))
-    how = (4, 2, 16, (8, 8), (0.4, 1.0), [1.0, 0.1], [0.0, 0.2], 1.0)
+    how = (4, 2, 16, (0.4, 1.0), [1.0, 0.1], [0.0, 0.2], 1.0)
     generator = lambda: torch.Generator().manual_seed(3)
     imgs = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    crops = lambda m: m["augment"](imgs, m["sample_views"](*how, generator()), (8, 8), 0.1, 0.5, 0.2)
+    crops = lambda m: m["augment"](imgs, m["sample_views"](*how, generator()), 8, 0.1, 0.5, 0.2)
     assert torch.equal(crops(views), crops(vars(dino)))
     alone = run_alone(*map(inspect.getsource, (dino.DINOHead, dino.dino_loss)))
     torch.manual_seed(0)
@@ -106,15 +110,73 @@ def test_commands_in_docstrings_and_the_readme_are_understood(file, npz):
 
 
 def test_the_snippet_in_the_readme_runs():
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    code, neighbours = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[:2]
     for folder in ("weights", "examples/images"):
         os.makedirs(folder)
     encoder("weights/dino-cifar10.pt")
-    Image.radial_gradient("L").save("examples/images/0.jpg")
+    for i in range(7):
+        Image.radial_gradient("L").rotate(30 * i).save(f"examples/images/{i}.jpg")
+    Path("examples/images/3.jpg").write_bytes(b"broken")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(compile(code, "README.md", "exec"), {})
-    assert "torch.Size([1, 32])" in out.getvalue()
+        exec(compile(code, "README.md", "exec"), dict(__name__="__main__"))
+        embed.main(["weights/dino-cifar10.pt", "examples/images", "--device", "cpu"])
+        exec(compile(neighbours, "README.md", "exec"), {})
+    assert "torch.Size([6, 32])" in out.getvalue() and "['examples/images/0.jpg' " in out.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_the_snippet_in_the_readme_runs_where_processes_import_it_again(method):
+    """On Windows and macOS, and with images too many for memory."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    os.makedirs("weights")
+    encoder("weights/dino-cifar10.pt")
+    pictures_of(5, "examples/images")
+    begin = f"import multiprocessing\nif __name__ == '__main__':\n    multiprocessing.set_start_method('{method}')\n"
+    Path("snippet.py").write_text(f"{begin}import vit\nvit.IN_MEMORY = 0\n{code}")
+    env = environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "snippet.py"], env=env, capture_output=True, text=True, timeout=120)
+    assert "torch.Size([5, 32])" in done.stdout, done.stderr[-2000:]
+
+
+def pictures_of(n, folder):
+    os.makedirs(folder)
+    for i in range(n):
+        Image.radial_gradient("L").rotate(30 * i).save(f"{folder}/{i}.jpg")
+
+
+@pytest.mark.parametrize("part", [2, 1000])
+def test_embed_names_the_file_of_each_vector(part, monkeypatch):
+    net, config = encoder("x.pt", feature="mean")
+    pictures_of(7, "photos/2024")
+    for i in (2, 3):
+        Path(f"photos/2024/{i}.jpg").write_bytes(b"broken")
+    monkeypatch.setattr(embed, "PART", part)  # with 2 one part has nothing that can be read
+    embed.main(["x.pt", "photos", "--device", "cpu", "--precision", "fp32", "--layers", "2", "--feature", "both"])
+    found = np.load("vectors.npz")
+    assert found["files"].tolist() == [f"photos/2024/{i}.jpg" for i in (0, 1, 4, 5, 6)]
+    assert found["unreadable"].tolist() == [f"photos/2024/{i}.jpg" for i in (2, 3)]
+    assert found["vectors"].dtype == np.float32 and found["vectors"].shape == (5, 128)
+    with torch.no_grad():
+        for vector, file in zip(found["vectors"], found["files"], strict=True):
+            x = vit.prepare(vit.square(vit.decode(file, 16))[None], config)
+            expected = [vit.pooled(tokens, "both") for tokens in net.layers(x)]
+            torch.testing.assert_close(torch.from_numpy(vector), torch.cat(expected, 1)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["import vit\n{load}", "{load}\nimport vit"])
+def test_the_hub_from_a_project_that_has_a_vit_of_its_own(order):
+    Path("vit.py").write_text("class Mine: pass")
+    load = f"import torch\nnet, config = torch.hub.load({str(ROOT)!r}, 'dino_cifar10', source='local')"
+    Path("project.py").write_text(order.format(load=load) + "\nvit.Mine, net.blocks")
+    done = subprocess.run([sys.executable, "project.py"], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_json_has_no_nan():
+    row = dict(a=[1.5, float("nan")], b={1: float("inf"), "c": (True, None, "x")})
+    assert json.loads(vit.to_json(row)) == {"a": [1.5, None], "b": {"1": None, "c": [True, None, "x"]}}
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem not in ("vit", "hubconf")], ids=lambda f: f.name)
@@ -141,7 +203,13 @@ def test_options_of_one_name_have_one_meaning():
 
 
 WRONG = {  # a script or method with its options, and words of the one line that it answers
-    "eval_knn x.pt --data bare.npz": "has no labels",
+    "eval_knn x.pt --data bare.npz": "bare.npz cannot be tested on: this needs two class folders",
+    "eval_knn wide.pt": "takes [16, 8] px, but images are cut square",
+    "eval_dense x.pt --data foreground": "store the foreground as 1",
+    "dino --img-size 16 8": "unrecognized arguments: 8",
+    "dino --teacher-temp 0.02 0.04 0.07": "give one temperature, or the first and the last",
+    "dino --ablate no-momentum --momentum 0.5": "--ablate no-momentum sets --momentum 0.0: leave",
+    "siameseim --ablate no-color --blur 1 1": "--ablate no-color sets --blur",
     "eval_knn x.pt --temperature 0": "not above 0",
     "eval_knn x.pt --dump nowhere/f.npz": "no such folder",
     "eval_knn x.pt --img-size 15": "not a multiple of the patch size, 4",
@@ -192,6 +260,13 @@ def test_wrong_input(npz, capsys, command):
     Image.radial_gradient("L").save("x.jpg")
     Path("text.jpg").write_text("no picture")
     os.makedirs("empty/images"), os.makedirs("empty/masks")
+    wide = vit.ViT([16, 8], 4, **vit.SIZES["test"])
+    config = dict(wide.config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls", data=npz)
+    torch.save(dict(encoder=wide.state_dict(), config=config), "wide.pt")
+    for kind, mode in (("images", "RGB"), ("masks", "L")):
+        os.makedirs(f"foreground/{kind}")
+        for i in range(3):
+            Image.new("L", (16, 16), 255 * (i % 2)).convert(mode).save(f"foreground/{kind}/{i}.png")
     with np.load(npz) as z:
         np.savez("bare.npz", images=z["train_images"])
         np.savez("bands.npz", images=z["train_images"][..., :2], labels=z["train_labels"])

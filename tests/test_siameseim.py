@@ -37,11 +37,11 @@ def test_blocks_are_no_smaller_than_asked():
 def test_positions_agree_with_the_crops():
     """Crops of a picture whose pixels are their own coordinates: patch k of b shows what `places` says of a."""
     g = torch.Generator().manual_seed(0)
-    box, flip = vit.sample_boxes((20, 2), 64, (0.3, 1.0), 1.0, g), torch.rand((20, 2), generator=g) < 0.5
+    box, flip = vit.sample_boxes((20, 2), 64, (0.3, 1.0), g), torch.rand((20, 2), generator=g) < 0.5
     ramp = (torch.arange(64) + 0.5) / 64
     image = torch.stack([ramp[:, None].expand(64, 64), ramp.expand(64, 64)]).expand(20, -1, -1, -1)
-    views = vit.crop_resize(image, box, flip, (64, 96)).unflatten(0, (2, 20))
-    a, b = (v.unflatten(2, (8, 8)).unflatten(4, (12, 8)).mean((3, 5)) for v in views)  # means of 8 x 12 patches
+    views = vit.crop_resize(image, box, flip, 96).unflatten(0, (2, 20))
+    a, b = (v.unflatten(2, (8, 12)).unflatten(4, (12, 8)).mean((3, 5)) for v in views)  # means of 8 x 12 patches
     rows, columns, *_ = siameseim.places(box, flip, 64, (8, 12))
     for coordinate, place in ((0, rows.view(-1, 8, 12)[:, :, 0]), (1, columns.view(-1, 8, 12)[:, 0])):
         line = lambda v, c=coordinate: v[:, c].mean(dim=2 - c)  # along rows, or along columns

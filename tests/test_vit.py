@@ -3,6 +3,7 @@
 import functools
 import math
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -103,7 +104,29 @@ def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
 
 
 @torch.no_grad()
-def test_torch_export_gives_the_same_tokens():
-    net, x = vit.ViT(16, 4, **vit.SIZES["test"]).eval(), torch.randn(2, 3, 16, 16)
-    exported = torch.export.export(net, (x,)).module()
-    close(exported(x), net(x), rtol=1e-4, atol=1e-4)
+def test_torch_export_takes_any_number_of_images():
+    net, x = vit.ViT(16, 4, **vit.SIZES["test"]).eval(), torch.randn(5, 3, 16, 16)
+    exported = torch.export.export(net, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for ways in (exported, torch.jit.trace(net, x[:2])):
+        close(ways(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_takes_any_number_of_images():
+    net, x = vit.ViT(16, 4, **vit.SIZES["test"]).eval(), torch.randn(5, 3, 16, 16)
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(net, (x[:2],), "vit.onnx", dynamo=True, dynamic_shapes=shapes, input_names=["images"])
+    found = onnxruntime.InferenceSession("vit.onnx").run(None, dict(images=x.numpy()))[0]
+    close(torch.from_numpy(found), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", [16, 24])
+@torch.no_grad()
+def test_half_precision_at_any_size(dtype, side):
+    low, x = vit.ViT(16, 4, **vit.SIZES["test"]).eval(), torch.randn(2, 3, side, side)
+    expected = low(x)
+    low.to(dtype)
+    assert low(x.to(dtype)).dtype == low.cls(x.to(dtype)).dtype == low.attention(x.to(dtype)).dtype == dtype
+    close(low(x.to(dtype)).float(), expected, rtol=0.1, atol=0.1)

@@ -1,0 +1,57 @@
+"""Vectors of your own image files from any checkpoint, for search, clustering or a classifier of your own.
+
+    python tools/embed.py weights/dino-cifar10.pt photos/ --out vectors.npz
+    python tools/embed.py weights/mae-cifar10.pt photos/ --out vectors.npz --feature both --layers 4
+
+FILE.npz holds `vectors`, float32 (N, D); `files`, the N files below the folder that they belong to, in the same order;
+and `unreadable`, the files that could not be read. Vectors are compared by their cosine.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from eval_linear import EVALUATION, Classifier, open_encoder  # noqa: E402
+from vit import Images, InputError, cli, features, launch, list_images, options, resize_side  # noqa: E402
+
+OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("data", "limit", "json", "seed")} | dict(
+    folder=(None, "a folder of image files, at any depth", dict(flag="folder")),
+    out=("vectors.npz", "the .npz file to write"),
+    feature=(None, "the vector (what the method's authors evaluate)", dict(choices=("cls", "mean", "both"))),
+    layers=(1, "those of so many last blocks, side by side", dict(type=int)),
+)
+PART = 1000  # files that are decoded at a time
+
+
+@cli
+def main(argv=None):
+    args = options(__doc__, OPTIONS, argv, json=None)
+    device = launch(args, alone=True)
+    vit, config = open_encoder(args)
+    files = list_images(args.folder)
+    if not files or config["in_chans"] != 3 or not Path(args.out).absolute().parent.is_dir():
+        raise InputError(f"no images in {args.folder}, no folder for --out {args.out}, or no network of 3 channels")
+    net = Classifier(vit, 1, args.feature or config["feature"], args.layers).to(device).eval()
+    side, vectors, found = resize_side(config["img_size"]), [], []
+    for i in tqdm(range(0, len(files), PART), "files", unit=f"{PART}", disable=None):
+        try:
+            images = Images(files[i : i + PART], side=side).at(side, quiet=True)
+        except InputError:  # none of them can be read
+            continue
+        vectors.append(features(net.encode, images, config, device, args.precision, args.batch).cpu())
+        found += images.files
+    if not found:
+        raise InputError(f"none of the {len(files)} images in {args.folder} can be read")
+    vectors, unreadable = torch.cat(vectors).numpy(), sorted(set(files) - set(found))
+    with open(args.out, "wb") as f:
+        np.savez(f, vectors=vectors, files=found, unreadable=np.array(unreadable, dtype=str))
+    print(f"{len(found)} vectors of length {vectors.shape[1]} -> {args.out}; {len(unreadable)} files could not be read")
+    return dict(files=found, unreadable=unreadable)
+
+
+if __name__ == "__main__":
+    main()
