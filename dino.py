@@ -33,7 +33,11 @@ Differs from the authors' code:
 """
 
 import math
+import sys
 from types import SimpleNamespace
+
+if __name__ == "__main__":
+    print("loading PyTorch ...", file=sys.stderr, flush=True)  # it takes seconds
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +52,8 @@ from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over
 from vit import micro_batches, my_rows, set_rates
 from vit import attention_mask, save_grid  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, MANY, SHARE, Run, ablate, check_momentum, cli, launch, load_data, options, shape_of  # 7
+from vit import COMMON, COUNT, MANY, SHARE, Run, ablate, by_preset, check_momentum, cli, launch, load_data  # 7 runs
+from vit import options, shape_of, step_memory
 
 ABLATIONS = {  # the options that they change
     "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, the entropy falls to 0
@@ -58,30 +63,30 @@ ABLATIONS = {  # the options that they change
     "mse": {},  # these two change the loss
     "infonce": {},
 }
-# name=(default, help[, arguments for argparse]); four defaults are for the presets demo, 32, 96, 224 (the authors')
+# name=(default, help[, arguments for argparse]); by_preset: for demo.npz, a CPU, then the published
 OPTIONS = COMMON | dict(
-    size=(["nano", "tiny", "small", "small"], "width, depth and heads of the network", dict(choices=SIZES)),
-    patch=([4, 4, 8, 16], "patch size, px", COUNT),
-    img_size=([32, None, 96, 224], "side of the network's input, px", COUNT),
-    epochs=([6, 100, 100, 100], "length of the run; the schedules follow it", COUNT),
-    batch=([64, 256, 256, 512], "images in an optimiser step, over all processes and micro-batches", COUNT),
-    lr=([2e-3, 1e-3, 5e-4, 5e-4], "learning rate for batch 256; scaled with the batch"),
-    warmup=([0.5, 10.0, 10.0, 10.0], "epochs over which the learning rate rises"),
+    size=(by_preset("nano", "nano", "tiny", "small"), "the network's width, depth and heads", dict(choices=SIZES)),
+    patch=(by_preset(4, "1/4 of the image", 4, 8, 16), "patch size, px", COUNT),
+    img_size=(by_preset(32, None, None, 96, 224), "side of the network's input, px", COUNT),
+    epochs=(by_preset(6, "100000 images", 100), "length of the run; the schedules follow it", COUNT),
+    batch=(by_preset(64, 64, 256, 256, 512), "images in an optimiser step, of all processes", COUNT),
+    lr=(by_preset(2e-3, 2e-3, 1e-3, 5e-4), "learning rate for batch 256; scaled with the batch"),
+    warmup=(by_preset(0.5, None, 10.0), "epochs over which the learning rate rises"),
     weight_decay=((0.04, 0.4), "of all but biases and norms, at the start and at the end"),
     clip=(3.0, "clip each parameter's gradient to this norm; 0 turns clipping off"),
-    drop_path=([0.0, 0.1, 0.1, 0.1], "stochastic depth of the student", SHARE),
-    prototypes=([256, 4096, 8192, 65536], "K, outputs of the head; small data sets need fewer", COUNT),
-    hidden=([512, 2048, 2048, 2048], "width of the head's hidden layers", COUNT),
+    drop_path=(by_preset(0.0, 0.0, 0.1), "stochastic depth of the student", SHARE),
+    prototypes=(by_preset(256, 1024, 4096, 8192, 65536), "K, outputs of the head; small data sets need fewer", COUNT),
+    hidden=(by_preset(512, 512, 2048), "width of the head's hidden layers", COUNT),
     norm_last_layer=(True, "prototypes of unit norm: more stable"),
-    freeze_last_layer=([0, 1, 1, 1], "epochs in which prototypes are frozen; raise it if the loss rises"),
-    global_scale=([(0.5, 1.0), *[(0.4, 1.0)] * 3], "area of the two global crops, share of the image"),
-    local_crops=([2, 6, 6, 8], "local crops for the student; use 0 together with --global-scale 0.14 1"),
-    local_size=([16, 16, 48, 96], "their size, px", COUNT),
-    local_scale=([(0.25, 0.5), (0.1, 0.4), (0.05, 0.4), (0.05, 0.4)], "their area, share of the image"),
-    color=([0.0, 1.0, 1.0, 1.0], "strength of colour jitter, grey and solarization; 1 as published"),
-    momentum=([0.97, 0.99, 0.996, 0.996], "of the teacher at the start, 1 at the end; lower it for short runs"),
-    center_momentum=([0.5, 0.9, 0.9, 0.9], "of the centre; lower it if the winning prototype keeps changing"),
-    teacher_temp=([(0.02,), *[(0.04,)] * 3], "at the start [and end]; lower it if the loss stays at ln K", MANY),
+    freeze_last_layer=(by_preset(0, 0, 1), "epochs in which prototypes are frozen; raise it if the loss rises"),
+    global_scale=(by_preset((0.5, 1.0), (0.4, 1.0)), "area of the two global crops, share of the image"),
+    local_crops=(by_preset(2, 2, 6, 6, 8), "local crops for the student; use 0 together with --global-scale 0.14 1"),
+    local_size=(None, "their size, px (3/7 of --img-size, in whole patches)", COUNT),
+    local_scale=(by_preset((0.25, 0.5), (0.1, 0.4), (0.1, 0.4), (0.05, 0.4)), "their area, share of the image"),
+    color=(by_preset(0.0, 1.0), "strength of colour jitter, grey and solarization; 1 as published"),
+    momentum=(by_preset(0.97, 0.98, 0.99, 0.996), "of the teacher, 1 at the end; lower it for short runs"),
+    center_momentum=(by_preset(0.5, 0.9), "of the centre; lower it if the winning prototype keeps changing"),
+    teacher_temp=(by_preset((0.02,), (0.04,)), "at the start [and end]; lower it if the loss stays at ln K", MANY),
     teacher_temp_epochs=(30.0, "epochs over which the teacher's temperature rises"),
     ablate=(None, "remove one component and see what breaks", dict(choices=ABLATIONS)),
 )
@@ -288,6 +293,9 @@ def pairwise(student, teacher, center, temp, loss):
 def collapse(entropy, kl, prototypes):
     """A warning once the output hardly depends on the image (in a collapse KL is 0, section 5.3), else None."""
     ln_k = math.log(prototypes)
+    if kl > 0.01 * ln_k and entropy < 0.03 * ln_k:
+        what = f"entropy {entropy:.3f} of {ln_k:.2f}, KL {kl:.3f}"
+        return f"targets are nearly one-hot, which is too easy ({what}): raise --teacher-temp, --color or --prototypes"
     if not (kl <= 0.01 * ln_k or entropy >= 0.999 * ln_k):  # nan, of a skipped step, is no collapse
         return None
     uniform = entropy > 0.5 * ln_k
@@ -316,23 +324,39 @@ def draw_attention(vit, x, mean, std, file, tile=96):
     save_grid(dict(image=x * std + mean) | columns, file, tile)
 
 
+def check(args):
+    """Fills in --local-size, and refuses options that do not fit together."""
+    if args.local_size is None:
+        args.local_size = math.ceil(args.img_size * 3 / 7 / args.patch) * args.patch
+    if len(args.teacher_temp) > 2:
+        raise InputError(f"--teacher-temp {args.teacher_temp}: give one temperature, or the first and the last")
+    if args.local_crops and args.local_size % args.patch:
+        raise InputError(f"--local-size {args.local_size} is not a multiple of --patch {args.patch}: change one")
+
+
+def activations(args):
+    """What keeps activations, for step_memory: the student's views, and the outputs of the heads."""
+    size, views = SIZES[args.size], 2 + args.local_crops
+    tokens = lambda side: 1 + (side // args.patch) ** 2
+    student = 2 * tokens(args.img_size) + args.local_crops * tokens(args.local_size)
+    return [(student, size["dim"], size["depth"]), (views + 2, args.prototypes, 0.5)]
+
+
 @cli
 def main(argv=None, images=None, backbone=ViT):
     args = options(__doc__, OPTIONS, argv, method="dino")
     ablate(args, ABLATIONS)
     device = launch(args)
-    train, test = load_data(args, OPTIONS, images)  # opened, options settled, decoded if it fits into memory
-    if len(args.teacher_temp) > 2:
-        raise InputError(f"--teacher-temp {args.teacher_temp}: give one temperature, or the first and the last")
-    if args.local_crops and args.local_size % args.patch:
-        raise InputError(f"--local-size {args.local_size} is not a multiple of --patch {args.patch}: change one")
+    train, test = load_data(args, OPTIONS, device, images)  # opened, options settled, decoded if it fits into memory
+    check(args)
 
     torch.manual_seed(args.seed)
     net = DINO(shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.student.vit, net)
     optimizer, scaler = adamw(net.student, args.precision)
-    run = Run(args, net, net.teacher.vit, optimizer, scaler, train, test)
+    memory = step_memory(args, net, activations(args), device)
+    run = Run(args, net, net.teacher.vit, optimizer, scaler, train, test, __file__, memory)
     run.resume()
     run.baselines()
     if args.ablate != "no-momentum":

@@ -45,7 +45,7 @@ from vit import InputError, ViT, drop_path, gather_tokens, pooled  # 1 network
 from vit import batches, mean_and_std, open_images, prepare, resize_side, seeded, stream  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
 from vit import autocast, average_and_clip, cosine, mean_over_processes, my_rows, processes  # 4 training step
-from vit import features, gather  # 5 evaluation
+from vit import features, gather, pixels  # 5 evaluation
 from vit import load_checkpoint, load_encoder, reading, save_checkpoint  # 6 checkpoints
 from vit import COUNT, DATA_HELP, DEVICE, PRECISION, SHARE, Run, cli, launch, options, to_json  # 7 runs
 
@@ -72,6 +72,7 @@ OPTIONS = EVALUATION | dict(
     crop_scale=((0.35, 1.0), "area of the crops, share of the image"),
     layers=(1, "probe: the features of so many last blocks, side by side", COUNT),
     augment=(False, "probe: new crops and flips in each epoch; features are not kept: slower"),
+    baselines=(True, "also measure raw pixels and the untrained network"),
     rates=(RATES, "probe: learning rates tried, for batch 256", dict(nargs="+")),
     finetune=(False, "train the whole network, not only a linear layer"),
     scratch=(False, "fine-tuning: from random weights; the checkpoint tells shape, data and feature"),
@@ -83,7 +84,7 @@ OPTIONS = EVALUATION | dict(
     smoothing=(0.1, "fine-tuning: of labels, the share spread over all classes", SHARE),
     weight_decay=(0.05, "fine-tuning: of weight matrices only"),
 )
-PROBE_ONLY = ("seeds", "layers", "augment", "rates")
+PROBE_ONLY = ("seeds", "layers", "augment", "rates", "baselines")
 FINETUNE_ONLY = ("scratch", "drop_ratio", "lr", "layer_decay", "drop_path", "mixup", "smoothing", "weight_decay")
 
 # what every evaluation does ------------------------------------------------------------------------------------------
@@ -259,12 +260,15 @@ def train_heads(pairs, total, width, classes, rates, batch, device):
     return norm.eval(), weight.detach(), bias.detach()
 
 
-def probe(args, net, train, test, config, device):
-    """The result of one draw of labels, a dict. The rate is chosen on the last tenth of the training images."""
+def probe(args, encode, train, test, config, device):
+    """One draw of labels: a dict, and what was trained. The rate is chosen on the last tenth of the training images.
+
+    encode: network input (B, C, h, w) -> vectors (B, D).
+    """
     rank, world = processes()
     classes, how = len(train.classes), (config, device, args.precision, args.batch, args.workers)
-    y, test_x = train.labels.to(device), features(net.encode, test, *how)
-    x = None if args.augment else features(net.encode, train, *how)
+    y, test_x = train.labels.to(device), features(encode, test, *how)
+    x = None if args.augment else features(encode, train, *how)
 
     def pairs(n, batch, total):  # features and labels of the batches of a run over the first n images
         if not args.augment:
@@ -276,7 +280,7 @@ def probe(args, net, train, test, config, device):
             draws = my_rows(sample_mixes(small, step, train.side), device)
             with torch.no_grad(), autocast(device, args.precision):
                 crops = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], config["img_size"][0])
-                found = net.encode((crops - mean) / std).float()
+                found = encode((crops - mean) / std).float()
             yield torch.cat(gather(found)), torch.cat(gather(y[index]))
 
     def fit(n, rates):
@@ -289,17 +293,16 @@ def probe(args, net, train, test, config, device):
     tried, n = {}, len(train)
     kept = n - max(n // 10, min(classes, n // 2))  # held out: a tenth, but as many as classes, and at most half
     if 1 < kept < n and len(args.rates) > 1:
-        held = features(net.encode, train.pick(range(kept, n)), *how) if x is None else x[kept:]
+        held = features(encode, train.pick(range(kept, n)), *how) if x is None else x[kept:]
         norm, weight, bias = fit(kept, args.rates)
         tried = dict(zip(args.rates, accuracies(norm(held) @ weight + bias, y[kept:]), strict=True))
     rate = max(tried, key=tried.get) if tried else args.rates[len(args.rates) // 2]
     if rank == 0 and tried and rate in (args.rates[0], args.rates[-1]):
         print(f"warning: the best of the --rates, {rate:g}, is the first or the last: try a wider range")
     norm, weight, bias = fit(n, [rate])
-    net.norm.load_state_dict(norm.state_dict())
-    net.head.weight.data, net.head.bias.data = weight[0].T.contiguous(), bias[0, 0]
     linear = round(accuracies(norm(test_x) @ weight + bias, test.labels.to(device))[0], 2)
-    return dict(linear=linear, rate=rate, train=n, tried={f"{k:g}": round(v, 2) for k, v in tried.items()})
+    result = dict(linear=linear, rate=rate, train=n, tried={f"{k:g}": round(v, 2) for k, v in tried.items()})
+    return result, (norm, weight, bias)
 
 
 def probe_seeds(args, vit, train, test, config, device):
@@ -308,12 +311,25 @@ def probe_seeds(args, vit, train, test, config, device):
     found = []
     for seed in range(args.seed, args.seed + args.seeds):
         some = train.pick(share_of_labels(train.labels, args.labels, seed))
-        found.append(probe(SimpleNamespace(**vars(args) | dict(seed=seed)), net, some, test, config, device))
+        own = SimpleNamespace(**vars(args) | dict(seed=seed))
+        result, (norm, weight, bias) = probe(own, net.encode, some, test, config, device)
+        found.append(result)
+        net.norm.load_state_dict(norm.state_dict())
+        net.head.weight.data, net.head.bias.data = weight[0].T.contiguous(), bias[0, 0]
         if args.out and seed == args.seed and processes()[0] == 0:
             Path(args.out).mkdir(parents=True, exist_ok=True)
             save_classifier(Path(args.out) / "classifier.pt", net, config, train.classes)
     values = [f["linear"] for f in found]
     result = dict(found[0], linear=round(float(np.mean(values)), 2), feature=config["feature"], test=len(test))
+    if args.baselines:
+        torch.manual_seed(args.seed)
+        untrained = Classifier(ViT(**vit.config), 1, config["feature"], args.layers).to(device).eval()
+        first = train.pick(share_of_labels(train.labels, args.labels, args.seed))
+        for name, encode in dict(untrained=untrained.encode, pixels=pixels).items():
+            result[name] = probe(args, encode, first, test, config, device)[0]["linear"]
+        if processes()[0] == 0:
+            others = ", ".join(f"{name} {result[name]:.1f}" for name in ("untrained", "pixels"))
+            print(f"linear probe {result['linear']:.1f} %, {others}; {len(test)} test images")
     if len(values) > 1:
         result |= dict(linear_sd=round(float(np.std(values, ddof=1)), 2), linear_each=values)
     return result
@@ -396,7 +412,7 @@ def finetune(args, vit, train, test, config, device):
     name = Path(args.checkpoint).parent.name if Path(args.checkpoint).stem == "last" else Path(args.checkpoint).stem
     name += "-scratch" * args.scratch + f"-drop{args.drop_ratio}" * (args.drop_ratio > 0)
     args.out = args.out or f"runs/finetune-{name}"
-    run = Run(args, net, vit, optimizer, scaler, train, None)
+    run = Run(args, net, vit, optimizer, scaler, train, None, __file__)
     run.resume()
     net.train()
 

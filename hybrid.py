@@ -20,6 +20,11 @@ sine-cosine ones outweigh patch embeddings at first, so all images look alike (c
 0.94), and DINO's outputs become uniform before they tell anything apart.
 """
 
+import sys
+
+if __name__ == "__main__":
+    print("loading PyTorch ...", file=sys.stderr, flush=True)  # it takes seconds
+
 import torch
 from torch import nn
 
@@ -33,13 +38,14 @@ from vit import prepare  # 2 images
 from vit import adamw, autocast, average_and_clip, ema_update, mean_over_processes, micro_batches  # 4 training step
 from vit import my_rows, set_rates
 from vit import start_from  # 6 checkpoints
-from vit import COUNT, SHARE, Run, check_momentum, cli, launch, load_data, options, shape_of  # 7 runs
+from vit import COUNT, SHARE, Run, by_preset, check_momentum, cli, launch, load_data  # 7 runs
+from vit import options, shape_of, step_memory
 
 MAE_OPTIONS = ("mask_ratio", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "crop_scale")
 OPTIONS = {k: row for k, row in dino.OPTIONS.items() if k != "ablate"}
 OPTIONS |= {k: mae_pcae.OPTIONS[k] for k in MAE_OPTIONS} | dict(
-    epochs=([6, 100, 100, 100], "length of the run; the schedules follow it", COUNT),
-    weight=([0.5, 0.2, 0.2, 0.2], "w in L = (1 - w) L_MIM + w L_CL", SHARE),  # on the demo set DINO needs more than .2
+    epochs=(by_preset(6, "60000 images", 100), "length of the run; the schedules follow it", COUNT),
+    weight=(by_preset(0.5, 0.2), "w in L = (1 - w) L_MIM + w L_CL", SHARE),  # on the demo set DINO needs more than .2
 )
 
 
@@ -124,14 +130,16 @@ def distance(a, b):
 def main(argv=None, images=None, backbone=ViT):
     args = options(__doc__, OPTIONS, argv, method="hybrid")
     device = launch(args)
-    train, test = load_data(args, OPTIONS, images)
+    train, test = load_data(args, OPTIONS, device, images)
+    dino.check(args)
 
     torch.manual_seed(args.seed)
     net = Hybrid(shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.mae.vit, net)
     optimizer, scaler = adamw(net, args.precision)
-    run = Run(args, net, net.teacher.vit, optimizer, scaler, train, test)
+    memory = step_memory(args, net, dino.activations(args) + mae_pcae.activations(args), device)
+    run = Run(args, net, net.teacher.vit, optimizer, scaler, train, test, __file__, memory)
     run.resume()
     run.baselines()
     check_momentum(args.momentum, run.total)

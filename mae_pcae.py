@@ -37,7 +37,11 @@ Differs from the authors' code:
 """
 
 import math
+import sys
 from types import SimpleNamespace
+
+if __name__ == "__main__":
+    print("loading PyTorch ...", file=sys.stderr, flush=True)  # it takes seconds
 
 import torch
 import torch.nn.functional as F
@@ -52,33 +56,42 @@ from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over
 from vit import micro_batches, my_rows, set_rates
 from vit import save_grid, spread  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, SHARE, Run, check_momentum, cli, launch, load_data, options, shape_of  # 7 runs
+from vit import COMMON, COUNT, SHARE, Run, by_preset, check_momentum, cli, launch, load_data  # 7 runs
+from vit import options, shape_of, step_memory
 
-# name=(default, help[, arguments for argparse]); four defaults are for the presets demo, 32, 96, 224 (the authors')
+# name=(default, help[, arguments for argparse]); by_preset: for demo.npz, a CPU, then the published
 OPTIONS = COMMON | dict(
     method=("mae", "mae: pixels; pcae: features of a momentum encoder", dict(choices=("mae", "pcae"))),
-    size=(["nano", "tiny", "small", "base"], "width, depth and heads of the network", dict(choices=SIZES)),
-    patch=([4, 4, 8, 16], "patch size, px", COUNT),
-    img_size=([32, None, 96, 224], "side of the network's input, px", COUNT),
-    epochs=([16, 400, 400, 400], "length of the run (PCAE on the demo set: 24)", COUNT),
-    batch=([64, 512, 512, 4096], "images in a step, all processes and micro-batches (PCAE, demo: 32)", COUNT),
-    lr=([8e-3, 1e-3, 3e-4, 1.5e-4], "learning rate for batch 256; scaled with the batch"),
-    warmup=([2.0, 20.0, 20.0, 40.0], "epochs over which the learning rate rises"),
+    size=(
+        by_preset("nano", "nano", "tiny", "small", "base"),
+        "the network's width, depth and heads",
+        dict(choices=SIZES),
+    ),
+    patch=(by_preset(4, "1/8 of the image", 4, 8, 16), "patch size, px", COUNT),
+    img_size=(by_preset(32, None, None, 96, 224), "side of the network's input, px", COUNT),
+    epochs=(by_preset(16, "300000 images", 400), "length of the run (PCAE on the demo set: 24)", COUNT),
+    batch=(by_preset(64, 64, 512, 512, 4096), "images in a step (PCAE, demo: 32), of all processes", COUNT),
+    lr=(by_preset(8e-3, 4e-3, 1e-3, 3e-4, 1.5e-4), "learning rate for batch 256; scaled with the batch"),
+    warmup=(by_preset(2.0, None, 20.0, 20.0, 40.0), "epochs over which the learning rate rises"),
     weight_decay=((0.05, 0.05), "of all but biases and norms, at the start and at the end"),
     clip=(0.0, "clip the norm of all gradients together; 0 turns clipping off"),
     drop_path=(0.0, "stochastic depth of the encoder", SHARE),
     crop_scale=((0.2, 1.0), "area of the crop, share of the image"),
-    mask_ratio=([0.5, 0.75, 0.75, 0.75], "share of the patches that the encoder does not see", SHARE),
+    mask_ratio=(by_preset(0.5, 0.75), "share of the patches that the encoder does not see", SHARE),
     norm_pix=(True, "MAE: standardise the pixels of each patch before they are predicted"),
-    decoder_dim=([64, 128, 256, 512], "width of the decoder", COUNT),
-    decoder_depth=([2, 4, 4, 8], "blocks of the decoder", COUNT),
-    decoder_heads=([4, 4, 8, 16], "attention heads of the decoder", COUNT),
+    decoder_dim=(by_preset(64, 64, 128, 256, 512), "width of the decoder", COUNT),
+    decoder_depth=(by_preset(2, 2, 4, 4, 8), "blocks of the decoder", COUNT),
+    decoder_heads=(by_preset(4, 4, 4, 8, 16), "attention heads of the decoder", COUNT),
     stages=(None, "PCAE: drop tokens after these blocks, from 0 (the first of each third)", dict(nargs="*", type=int)),
-    keep=([0.8, 0.5, 0.5, 0.5], "PCAE: share of the tokens that a stage keeps", SHARE),
+    keep=(by_preset(0.8, 0.5), "PCAE: share of the tokens that a stage keeps", SHARE),
     criterion=("mean", "PCAE: drop tokens most like the mean, or at random", dict(choices=("mean", "unit", "random"))),
-    momentum=([0.998, 0.996, 0.996, 0.9999], "of the teacher at the start, 1 at the end; lower it for short runs"),
+    momentum=(by_preset(0.998, 0.998, 0.996, 0.996, 0.9999), "of the teacher, 1 at the end; lower it for short runs"),
 )
-PCAE_OPTIONS = dict(epochs=([24, 400, 400, 400], ""), batch=([32, 512, 512, 4096], ""))  # rows that replace MAE's
+PCAE_OPTIONS = dict(  # rows that replace MAE's
+    epochs=(by_preset(24, "150000 images", 400), ""),
+    batch=(by_preset(32, 64, 512, 512, 4096), ""),
+    lr=(by_preset(8e-3, 1e-3, 1e-3, 3e-4, 1.5e-4), ""),
+)
 
 
 # views and masks -----------------------------------------------------------------------------------------------------
@@ -298,19 +311,27 @@ def draw(net, x, file):
     save_grid({title: c * net.std + net.mean for title, c in columns.items()}, file)
 
 
+def activations(args):
+    """What keeps activations, for step_memory: the encoder's visible patches, and the decoder's tokens."""
+    size, n = SIZES[args.size], (args.img_size // args.patch) ** 2
+    visible = 1 + int(n * (1 - args.mask_ratio))
+    return [(visible, size["dim"], size["depth"]), (1 + n, args.decoder_dim, args.decoder_depth)]
+
+
 @cli
 def main(argv=None, images=None, backbone=ViT):
     args = options(__doc__, OPTIONS, argv)
     device = launch(args)
     table = OPTIONS | PCAE_OPTIONS if args.method == "pcae" else OPTIONS
-    train, test = load_data(args, table, images)  # opened, options settled, decoded if it fits into memory
+    train, test = load_data(args, table, device, images)  # opened, options settled, decoded if it fits into memory
 
     torch.manual_seed(args.seed)
     net = METHODS[args.method](shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.vit, net)
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))
-    run = Run(args, net, net.vit, optimizer, scaler, train, test)
+    memory = step_memory(args, net, activations(args), device)
+    run = Run(args, net, net.vit, optimizer, scaler, train, test, __file__, memory)
     run.resume()
     run.baselines()
     if args.method == "pcae":

@@ -35,7 +35,11 @@ Differs from the authors' code:
 
 import functools
 import math
+import sys
 from types import SimpleNamespace
+
+if __name__ == "__main__":
+    print("loading PyTorch ...", file=sys.stderr, flush=True)  # it takes seconds
 
 import torch
 import torch.distributed as dist
@@ -53,7 +57,8 @@ from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over
 from vit import micro_batches, my_rows, set_rates
 from vit import save_grid, spread  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, SHARE, Run, ablate, check_momentum, cli, launch, load_data, options, shape_of  # 7 runs
+from vit import COMMON, COUNT, SHARE, Run, ablate, by_preset, check_momentum, cli, launch, load_data  # 7 runs
+from vit import options, shape_of, step_memory
 
 ABLATIONS = {  # the options that they change
     "no-color": dict(color=0.0, blur=[0.0, 0.0]),
@@ -61,31 +66,35 @@ ABLATIONS = {  # the options that they change
     "same-view": {},  # changes the draws
     "global": {},  # changes the loss
 }
-# name=(default, help[, arguments for argparse]); four defaults are for the presets demo, 32, 96, 224 (the authors')
+# name=(default, help[, arguments for argparse]); by_preset: for demo.npz, a CPU, then the published
 OPTIONS = COMMON | dict(
-    size=(["nano", "tiny", "small", "base"], "width, depth and heads of the network", dict(choices=SIZES)),
-    patch=([4, 4, 8, 16], "patch size, px", COUNT),
-    img_size=([32, None, 96, 224], "side of the network's input, px", COUNT),
-    epochs=([6, 400, 400, 400], "length of the run; the schedules follow it", COUNT),
-    batch=([64, 512, 512, 4096], "images in an optimiser step, over all processes and micro-batches", COUNT),
-    lr=([4e-3, 1e-3, 5e-4, 6.25e-5], "learning rate for batch 256; scaled with the batch"),
-    warmup=([1.0, 20.0, 20.0, 40.0], "epochs over which the learning rate rises"),
+    size=(
+        by_preset("nano", "nano", "tiny", "small", "base"),
+        "the network's width, depth and heads",
+        dict(choices=SIZES),
+    ),
+    patch=(by_preset(4, "1/8 of the image", 4, 8, 16), "patch size, px", COUNT),
+    img_size=(by_preset(32, None, None, 96, 224), "side of the network's input, px", COUNT),
+    epochs=(by_preset(6, "100000 images", 400), "length of the run; the schedules follow it", COUNT),
+    batch=(by_preset(64, 64, 512, 512, 4096), "images in an optimiser step, of all processes", COUNT),
+    lr=(by_preset(4e-3, 2e-3, 1e-3, 5e-4, 6.25e-5), "learning rate for batch 256; scaled with the batch"),
+    warmup=(by_preset(1.0, None, 20.0, 20.0, 40.0), "epochs over which the learning rate rises"),
     weight_decay=((0.05, 0.05), "of all but biases and norms, at the start and at the end"),
     clip=(1.0, "clip the norm of all gradients together; 0 turns clipping off"),
     drop_path=(0.0, "stochastic depth of the online encoder", SHARE),
-    crop_scale=([(0.3, 1.0), (0.2, 1.0), (0.08, 1.0), (0.08, 1.0)], "area of the crops, share of the image"),
-    color=([0.0, 1.0, 1.0, 1.0], "strength of colour jitter, grey and solarization; 1 as published"),
-    blur=([(1.0, 0.1)] * 4, "probability of blur in view a and in view b"),
+    crop_scale=(by_preset((0.3, 1.0), (0.2, 1.0), (0.2, 1.0), (0.08, 1.0)), "area of the crops, share of the image"),
+    color=(by_preset(0.0, 1.0), "strength of colour jitter, grey and solarization; 1 as published"),
+    blur=(by_preset((1.0, 0.1)), "probability of blur in view a and in view b"),
     mask=("block", "how the hidden patches of view a are chosen", dict(choices=("block", "random"))),
     mask_ratio=(0.6, "share of the patches of view a that are hidden", SHARE),
     norm=("batch", "in projector and decoder; batch: over all tokens", dict(choices=("batch", "layer"))),
     train_patch_embed=(False, "train the patch embedding, which is frozen as published"),
-    decoder_dim=([64, 192, 384, 768], "width of projector and decoder", COUNT),
-    decoder_depth=([2, 4, 4, 4], "blocks of the decoder", COUNT),
-    decoder_heads=([4, 6, 12, 16], "attention heads of projector and decoder", COUNT),
-    projector_depth=([1, 2, 2, 2], "blocks between encoder and decoder; the target network ends with them"),
+    decoder_dim=(by_preset(64, 64, 192, 384, 768), "width of projector and decoder", COUNT),
+    decoder_depth=(by_preset(2, 2, 4), "blocks of the decoder", COUNT),
+    decoder_heads=(by_preset(4, 4, 6, 12, 16), "attention heads of projector and decoder", COUNT),
+    projector_depth=(by_preset(1, 1, 2), "blocks between encoder and decoder; the target network ends with them"),
     neg_weight=(None, "lambda, of the uniformity term (15.36 / --decoder-dim, as published)", dict(type=float)),
-    momentum=([0.98, 0.99, 0.99, 0.995], "of the target at the start, 1 at the end; lower it for short runs"),
+    momentum=(by_preset(0.98, 0.99, 0.99, 0.99, 0.995), "of the target, 1 at the end; lower it for short runs"),
     ablate=(None, "remove one component and see what breaks", dict(choices=ABLATIONS)),
 )
 
@@ -376,19 +385,28 @@ def draw_pairs(net, imgs, draws, args, file):
     save_grid(columns | {"predicted of b": like}, file)
 
 
+def activations(args):
+    """What keeps activations, for step_memory: encoder and projector see what is visible, the decoder all of view b."""
+    size, n = SIZES[args.size], (args.img_size // args.patch) ** 2
+    visible = 1 + n - round(args.mask_ratio * n)
+    rest = [(visible, args.decoder_dim, args.projector_depth), (visible + n, args.decoder_dim, args.decoder_depth)]
+    return [(visible, size["dim"], size["depth"]), *rest]
+
+
 @cli
 def main(argv=None, images=None, backbone=ViT):
     args = options(__doc__, OPTIONS, argv, method="siameseim")
     ablate(args, ABLATIONS)
     device = launch(args)
-    train, test = load_data(args, OPTIONS, images)  # opened, options settled, decoded if it fits into memory
+    train, test = load_data(args, OPTIONS, device, images)  # opened, options settled, decoded if it fits into memory
 
     torch.manual_seed(args.seed)
     net = SiameseIM(shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.online.vit, net)
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))
-    run = Run(args, net, net.online.vit, optimizer, scaler, train, test)
+    memory = step_memory(args, net, activations(args), device)
+    run = Run(args, net, net.online.vit, optimizer, scaler, train, test, __file__, memory)
     run.resume()
     run.baselines()
     check_momentum(args.momentum, run.total)

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -873,8 +874,9 @@ def save_checkpoint(file, state):
             os.fsync(f.fileno())
         os.replace(part, file)
     except (OSError, RuntimeError) as e:  # torch.save on a full disk raises RuntimeError
-        part.unlink(missing_ok=True)
         raise InputError(f"could not save {file} ({e}); what was saved there before is untouched") from None
+    finally:  # a second Ctrl-C may have come in the middle
+        part.unlink(missing_ok=True)
 
 
 NUMPY = [np.float64().__reduce__()[0], np.zeros(1).__reduce__()[0]]  # what makes a number and an array from bytes
@@ -1011,6 +1013,11 @@ def cli(main):
     return wrapped
 
 
+def count(n, word):
+    """A number with its noun: 1 step, 2 steps, 1.5 epochs, 2 processes."""
+    return f"{n:g} {word}" + ("" if n == 1 else "es" if word[-1] == "s" else "s")
+
+
 def to_json(x):
     """One line of JSON; null for numbers that are not finite, which JSON does not have."""
     if isinstance(x, dict):
@@ -1033,7 +1040,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-PRESETS = ("demo", "32", "96", "224")
+PRESETS = ("demo", "cpu", "32", "96", "224")
 COUNT, SHARE, MANY = dict(type=number(int, 1)), dict(type=number(float, 0, 1)), dict(nargs="+")
 PRECISION = ("auto", "bf16 if the hardware has it; fp32 on a GPU is TF32", dict(choices=("auto", *DTYPES)))
 DEVICE = (None, "cuda, mps or cpu (the first that is there)")
@@ -1041,7 +1048,7 @@ DATA_HELP = "demo.npz, any .npz, cifar10, cifar100, or a folder of images"
 COMMON = dict(  # options of every training script
     data=("demo.npz", DATA_HELP),
     out=(None, "folder for last.pt, log.jsonl and pictures; a run found there resumes (runs/METHOD-DATA)"),
-    preset=(None, "which defaults to use (chosen by the size of the images)", dict(choices=PRESETS)),
+    preset=(None, "which defaults to use (cpu without a GPU; with one, by the images' size)", dict(choices=PRESETS)),
     steps=(None, "stop after so many steps from the start of the run; schedules stay", COUNT),
     accumulate=(1, "micro-batches in a step: less memory, same gradient (but drop path, BatchNorm, infonce)", COUNT),
     workers=(2, "processes that decode images, where a set does not fit into memory"),
@@ -1053,35 +1060,46 @@ COMMON = dict(  # options of every training script
 )
 
 
+def by_preset(*values):
+    """Defaults for demo.npz, a CPU, then the published ones for images of 32, 96 and 224 px; the last is repeated."""
+    return dict(zip(PRESETS, [*values, *values[-1:] * (len(PRESETS) - len(values))], strict=True))
+
+
 def options(doc, table, argv=None, **fixed):
     """Parses the options in `table`: rows name=(default, help[, arguments for argparse]).
 
-    A default is one value, or a list of four, for the presets demo, 32, 96 and 224; `load_data` fills those in. Tuples
-    are options of several numbers. fixed: set without being options.
+    A default is one value, or by_preset(...), which `load_data` fills in. Tuples are options of several numbers.
+    fixed: set without being options.
     """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.epilog = "Four defaults are those of the presets: " + ", ".join(PRESETS)
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), int: dict(type=number(int, 0)), float: dict(type=float)}
     for name, (default, text, *more) in table.items():
-        example = default[0] if isinstance(default, list) else default
+        example = default["32"] if isinstance(default, dict) else default
         kind = dict(type=float, nargs=len(example)) if isinstance(example, tuple) else kinds.get(type(example), {})
         kind = kind | (more[0] if more else {})
-        text += f" (default: {default})" * (example is not None)
+        shown = ", ".join(f"{k} {v}" for k, v in default.items()) if isinstance(default, dict) else default
+        text += f" (default: {shown})" * (example is not None)
         p.add_argument(kind.pop("flag", f"--{name.replace('_', '-')}"), help=text, **kind)
-        p.set_defaults(**{name: None if isinstance(default, list) else default})
+        p.set_defaults(**{name: None if isinstance(default, dict) else default})
     p.set_defaults(**fixed)
     return p.parse_args(argv)
 
 
-def settle(args, table, side):
-    """Fills in the options that depend on `side`, that of the images before any resizing."""
-    auto = "demo" if Path(args.data).name == "demo.npz" else "32" if side <= 64 else "96" if side <= 160 else "224"
-    args.preset = args.preset or auto
+def settle(args, table, side, count=1, gpu=True):
+    """Fills in the options that depend on the data and the machine. side: of the images before any resizing, px."""
+    by_size = "32" if side <= 64 else "96" if side <= 160 else "224"
+    args.preset = args.preset or ("demo" if Path(args.data).name == "demo.npz" else by_size if gpu else "cpu")
     for name, (default, *_) in table.items():
         value = getattr(args, name)
-        value = default[PRESETS.index(args.preset)] if value is None and isinstance(default, list) else value
+        value = default[args.preset] if value is None and isinstance(default, dict) else value
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
-    args.img_size = args.img_size or side // args.patch * args.patch
+    if isinstance(args.epochs, str):  # "300000 images"
+        args.epochs = max(1, round(int(args.epochs.split()[0]) / count))
+    args.warmup = args.epochs / 10 if args.warmup is None else args.warmup
+    top = args.img_size or (min(48, side) if args.preset == "cpu" else side)
+    if isinstance(args.patch, str):  # "1/8 of the image"
+        args.patch = max(1, top // int(args.patch[2]))
+    args.img_size = args.img_size or top // args.patch * args.patch
     if args.img_size < args.patch or args.img_size % args.patch:
         raise InputError(f"--img-size {args.img_size} is not a multiple of --patch {args.patch}: change one of them")
     name = f"{args.method}-{Path(args.data).stem or 'data'}" + (f"-{args.ablate}" if vars(args).get("ablate") else "")
@@ -1142,7 +1160,7 @@ def launch(args, alone=False):
     return device
 
 
-def load_data(args, table, images=None):
+def load_data(args, table, device, images=None):
     """Training and test images, two `Images`; test is None where k-NN cannot be measured. images: use these instead.
 
     Opens the data, fills in the options that depend on it, decodes what fits into memory, and checks that batches can
@@ -1152,7 +1170,7 @@ def load_data(args, table, images=None):
     if images and args.data == "demo.npz":
         args.data = "own"  # for the name of the folder
     train, test = images or open_images(args.data)
-    settle(args, table, train.side)
+    settle(args, table, train.side, len(train), device.type == "cuda")
     top = args.img_size
     side = top if top <= 64 else max(top, min(2 * top, train.side))  # larger ones leave room for crops
     train = train.at(side, quiet=rank > 0)
@@ -1172,6 +1190,30 @@ def load_data(args, table, images=None):
     return train, test
 
 
+def step_memory(args, net, parts, device):
+    """About how many bytes training needs in a process, to a factor of 1.5; refuses more than there is.
+
+    parts: (tokens of an image, width, blocks) of all that keeps activations for the backward pass. A block keeps some
+    16 numbers a token and channel: the inputs of its norms and linear layers, queries, keys, values, and the MLP's
+    hidden layer twice; views some 8 numbers for each of their pixels. Weights that are trained have a gradient and
+    AdamW's two moments, a teacher's an update.
+    """
+    images, pixels = args.batch // args.accumulate // processes()[1], 8 * args.patch**2 * len(net.mean)
+    kept = images * sum(tokens * (16 * width * blocks + pixels) for tokens, width, blocks in parts)
+    kept *= 4 if args.precision == "fp32" else 2.5
+    fixed = sum(p.numel() * (16 if p.requires_grad else 8) for p in net.parameters())
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[0]
+    else:
+        fixed += 0.75 * 2**30  # Python, PyTorch and Matplotlib alone
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if fixed + kept > there:
+        gib = f"about {(fixed + kept) / 2**30:.1f} GiB of memory, and there are {there / 2**30:.1f}"
+        parts = args.accumulate * math.ceil(kept / (there - fixed)) if there > fixed else args.batch
+        raise InputError(f"a step needs {gib}: give --accumulate {parts} or more, a smaller --batch, or --preset cpu")
+    return fixed + kept
+
+
 def check_momentum(momentum, steps):
     """Warns if much of the initial teacher is left at the end (.9999, rising to 1: 37 % after 20,000 steps)."""
     left = math.exp((momentum - 1) * steps / 2)  # 1 - momentum falls by a cosine: its mean is half
@@ -1183,14 +1225,16 @@ class Run:
     """The folder of a training run, args.out, with last.pt, log.jsonl and pictures.
 
     net: all that learns or has state, with buffers mean and std and an attribute `feature`. vit: the encoder in it
-    that is evaluated. Ctrl-C and SIGTERM set a flag, on which all processes agree; they then save and leave.
+    that is evaluated. script: the method's file. memory: what step_memory counted. Ctrl-C and SIGTERM set a flag, on
+    which all processes agree; they then save and leave.
     """
 
     handlers = {}  # the signal handlers from before
     may_change = ("steps", "workers", "out", "device", "json")  # these options may differ when a run resumes
     minute = 60  # seconds between two saves, at least
 
-    def __init__(self, args, net, vit, optimizer, scaler, train, test):
+    def __init__(self, args, net, vit, optimizer, scaler, train, test, script, memory=0):
+        self.script = hashlib.sha256(Path(script).read_bytes()).hexdigest()
         self.args, self.net, self.vit, self.out, self.optimizer = args, net, vit, Path(args.out), optimizer
         self.parts = dict(net=net, optimizer=optimizer, scaler=scaler)  # what training needs to resume
         self.device, (self.rank, self.world) = net.mean.device, processes()
@@ -1209,9 +1253,14 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f"--out {self.out} cannot be written ({e})") from None
-        plan = f"{args.epochs} epochs of {self.steps_per_epoch} steps of {args.batch}"
-        where = f"{self.device.type}, {args.precision}, {self.world} process(es) -> {self.out}"
-        self.say(f"{args.method}: {len(train)} images of {train.side} px, {plan}, {where}")
+        if args.method != "finetune":
+            size = sum(p.numel() for p in vit.parameters()) / 1e6
+            shape = f"{args.size} ViT of {size:.1f} million parameters, {args.img_size} px in patches of {args.patch}"
+            why = "; made for a computer without a GPU" if args.preset == "cpu" else ""
+            self.say(f"{args.method}, preset {args.preset} (--preset for another{why}): {shape}")
+        seen = f"{args.epochs} x {len(train)} images, {self.total * args.batch} in all, in batches of {args.batch}"
+        where = f"{self.device.type}, {args.precision}, {count(self.world, 'process')} -> {self.out}"
+        self.say(seen + f", about {memory / 2**30:.1f} GiB of memory" * (memory > 0) + f"; {where}")
 
     @property
     def config(self):
@@ -1223,6 +1272,8 @@ class Run:
     def on_signal(self, number, _):
         if self.asked and number == signal.SIGINT:  # a second Ctrl-C: leave at once
             raise SystemExit(128 + number)
+        if self.rank == 0 and not self.asked:
+            os.write(2, b"\nsaving after this step; Ctrl-C again to stop without saving\n")
         self.asked = number
 
     def say(self, text):
@@ -1269,12 +1320,17 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.first, self.before = state["step"], state["seconds"]
+            if state.get("script", self.script) != self.script:
+                note(f"warning: the script has changed since {file} was saved; another --out begins a new run")
             rows = [row for row in self.rows() if row.get("step", 0) <= self.first]  # the others will be written again
         if self.rank == 0:
             part = self.out / f"log.{os.getpid()}.part"
             part.write_text("".join(to_json(row) + "\n" for row in rows))
             os.replace(part, self.out / "log.jsonl")
-        if self.first:
+        if self.first >= self.stop:
+            done = f"{count(round(self.first / self.steps_per_epoch, 2), 'epoch')} ({count(self.first, 'step')})"
+            self.say(f"{self.out} is already trained for {done}, nothing to do: give another --out for a new run")
+        elif self.first:
             self.say(f"resumes after step {self.first} of {self.stop}")
 
     def knn(self, encode=None):
@@ -1294,8 +1350,13 @@ class Run:
             start = "knn_start" if self.args.init else "knn_untrained"
             before = {"knn_pixels": self.knn(pixels), start: self.knn()}
             self.write(**before)
-            values = ", ".join(f"{k[4:]} {v:.1f} %" for k, v in before.items())
+            values = ", ".join(f"{k[4:]} {self.with_error(v)}" for k, v in before.items())
             self.say(f"k-NN before training, {len(self.sets[1])} test images: {values}")
+
+    def with_error(self, accuracy):
+        """An accuracy in percent with its standard error, as text."""
+        error = (accuracy * (100 - accuracy) / len(self.sets[1])) ** 0.5
+        return f"{accuracy:.1f} ± {error:.1f} %"
 
     def steps(self, train):
         """Yields (step, images) and seeds drop path. Asked to stop, it ends after this step (processes: in ten)."""
@@ -1364,7 +1425,9 @@ class Run:
         accuracy = self.knn()
         self.write(step=step + 1, epoch=epoch, knn=accuracy)
         left = (self.stop - step - 1) * (time.perf_counter() - self.started) / (step + 1 - self.first) / 60
-        self.say(f"epoch {epoch:g}: k-NN {accuracy:.1f} %" + f", about {left:.1f} minutes to go" * (left > 0))
+        self.say(
+            f"epoch {epoch:g}: k-NN {self.with_error(accuracy)}" + f", about {left:.1f} minutes to go" * (left > 0)
+        )
         self.since += time.perf_counter() - start
 
     def save_due(self, step):
@@ -1382,7 +1445,7 @@ class Run:
         start = time.perf_counter()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= dict(step=step + 1, seconds=self.before + start - self.started)
-        state |= dict(options=vars(self.args), images=self.images)
+        state |= dict(options=vars(self.args), images=self.images, script=self.script)
         save_checkpoint(self.out / "last.pt", state | dict(encoder=self.vit.state_dict(), config=self.config))
         self.saved = time.perf_counter()
         self.saving = self.saved - start
@@ -1406,12 +1469,23 @@ class Run:
             right.legend()
         figure.savefig(self.out / "curve.png", dpi=100)
 
+    def warn_if_little_was_learned(self, knn, knn_pixels, step, loss, seconds, knn_untrained=None, knn_start=None):
+        """At the end: k-NN within two standard errors of that before training, or below that of raw pixels."""
+        start = knn_untrained if knn_start is None else knn_start
+        what = f"k-NN {self.with_error(knn)}, before training {start:.1f}, raw pixels {knn_pixels:.1f}"
+        if knn <= start + 2 * (start * (100 - start) / len(self.sets[1])) ** 0.5:
+            self.say(f"warning: little was learned ({what}). See 'When it does not learn' in README.md")
+        elif knn < knn_pixels:
+            self.say(f"no better than raw pixels yet ({what}). See 'When it does not learn' in README.md")
+
     def finish(self):
         """Prints and returns the result of a run that has reached its end."""
         self.bar.close()
         result = {}
         if self.rank == 0:
             result = self.last("knn_pixels", "knn_untrained", "knn_start", "step", "loss", "knn", "seconds")
+            if self.stop == self.total and result.get("knn") is not None:
+                self.warn_if_little_was_learned(**result)
         result["checkpoint"] = str(self.out / "last.pt")
         self.say(to_json(result))
         return result

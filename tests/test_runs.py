@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, MAIN, SCRIPT, SLOW, Mine, checkpoint, close, command, dino_fast, fails, log, losses
+from conftest import DEVICE, MAIN, MODULE, SCRIPT, SLOW, Mine, checkpoint, close, command, dino_fast, fails, log, losses
 
 # isort: split
 from conftest import encoder, environment, pictures, same, spawn, start, tensors, tiny, wait_for
 from PIL import Image
 
 import dino
+import mae_pcae
 import vit
 
 everywhere = pytest.mark.parametrize("method", MAIN)
@@ -127,7 +128,7 @@ def test_two_processes_are_one(method, npz):
     options = tiny(*EXACT, "--epochs", 5, "--accumulate", parts, batch=16, out="two", method=method)
     done = start(SCRIPT[method], *options, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 process(es)" in done.stdout
+    assert "2 processes -> two" in done.stdout
     nearly("one", "two", method)
 
 
@@ -148,6 +149,7 @@ def test_asked_to_stop_it_saves_and_leaves(method, npz, number):
     process.send_signal(number)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number and "run the same command again to resume" in text
+    assert "saving after this step; Ctrl-C again to stop without saving" in text and "loading PyTorch" in text
     step = checkpoint()["step"]
     assert step >= 1 and f"stopped at step {step} " in text and max(losses()) == step
 
@@ -429,13 +431,86 @@ def test_other_channels(method, channels):
     assert net(torch.randn(1, channels, 16, 8)).shape == (1, 9, 32) and len(config["mean"]) == channels
 
 
+# Photos: what `python X.py --data my_photos` does, and says -----------------------------------------------------------
+
+
+@everywhere
+def test_without_a_gpu_the_preset_for_a_cpu_is_taken(method, folder, capsys):
+    """Whatever the photos' size; a run's length is a number of images, and the first lines say what will be done."""
+    options = f"--data {folder} --device cpu --steps 2 --out run" + " --method pcae" * (method == "pcae")
+    MAIN[method](options.split())
+    out, args = capsys.readouterr().out, log()[0]["args"]
+    patch = 4 if method in ("dino", "hybrid") else 2
+    found = [args[k] for k in ("preset", "size", "img_size", "patch", "batch")]
+    assert found == ["cpu", "nano", 16, patch, 64] and args["warmup"] == args["epochs"] / 10
+    row = (mae_pcae.PCAE_OPTIONS if method == "pcae" else MODULE[method].OPTIONS)["epochs"][0]["cpu"]
+    assert abs(args["epochs"] * 64 / int(row.split()[0]) - 1) < 0.01
+    shape = rf"nano ViT of 1\.2 million parameters, 16 px in patches of {patch}$"
+    assert re.search(rf"^{method}, preset cpu .*: {shape}", out, re.M)
+    plan = rf"{args['epochs']} x 64 images, {args['epochs'] * 64} in all, in batches of 64"
+    assert re.search(rf"^{plan}, about [01]\.\d GiB of memory; cpu, ", out, re.M)
+    assert re.search(r"24 test images: pixels [\d.]+ ± [\d.]+ %, untrained [\d.]+ ± [\d.]+ %", out)
+
+
+@pytest.mark.parametrize("side,preset", [(32, "32"), (128, "96"), (400, "224")])
+def test_with_a_gpu_presets_follow_the_images_and_local_crops_the_input(side, preset):
+    args = vit.options("", dino.OPTIONS, ["--data", "photos"], method="dino")
+    vit.settle(args, dino.OPTIONS, side)
+    dino.check(args)
+    published = {"32": (side, side // 2), "96": (96, 48), "224": (224, 96)}[preset]
+    assert args.preset == preset and abs(args.local_size - published[1]) < args.patch
+    assert args.img_size == published[0] and not args.local_size % args.patch
+
+
+def test_more_memory_than_there_is_is_refused(npz, capsys, monkeypatch):
+    pages = 2**30 // os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 2**30 // pages}[name])
+    line = fails(dino.main, tiny("--size", "small", batch=64), capsys)
+    assert re.search(r"a step needs about \d\.\d GiB of memory, and there are 1.0: give --accumulate \d+ or more", line)
+
+
+@pytest.mark.slow
+@pytest.mark.linux
+@pytest.mark.parametrize("method,size,side", [("dino", "nano", 64), ("dino", "tiny", 96), ("mae", "tiny", 96)])
+def test_the_count_of_memory_is_right_to_a_factor_of_1_5(method, size, side):
+    os.makedirs("photos")
+    for i in range(32):
+        Image.radial_gradient("L").rotate(i).convert("RGB").save(f"photos/{i}.jpg")
+    options = f"--data photos --preset 96 --size {size} --img-size {side} --batch 32 --steps 2 --epochs 20 --warmup 0"
+    done = start(SCRIPT[method], *f"{options} --device cpu --precision fp32 --out run".split())
+    counted = float(re.search(r"about ([\d.]+) GiB of memory", done.stdout)[1])
+    measured = log()[-1]["memory_mib"] / 1024
+    assert 1 / 1.5 < counted / measured < 1.5, (counted, measured)
+
+
+def test_a_finished_run_and_a_changed_script_are_named(npz, capsys, monkeypatch):
+    dino.main(tiny("--epochs", 1))
+    capsys.readouterr()
+    result = dino.main(tiny("--epochs", 1))
+    out, err = capsys.readouterr()
+    assert "run is already trained for 1 epoch (8 steps), nothing to do: give another --out" in out
+    assert result["step"] == 8 and "changed" not in err
+    Path("changed.py").write_text("# another loss")
+    monkeypatch.setattr(dino, "__file__", "changed.py")
+    dino.main(tiny("--epochs", 1))
+    assert "warning: the script has changed since run/last.pt was saved" in capsys.readouterr().err
+
+
+def test_a_run_that_learned_little_says_so(npz, capsys):
+    dino.main(tiny("--epochs", 1, "--lr", 0))
+    out = capsys.readouterr().out
+    assert re.search(r"warning: little was learned \(k-NN [\d.]+ ± [\d.]+ %, before training [\d.]+, raw pixels", out)
+    dino.main(tiny("--epochs", 2, "--steps", 1, "--lr", 0, out="cut"))  # is not at its end
+    assert "little was learned" not in capsys.readouterr().out
+
+
 @everywhere
 @pytest.mark.parametrize("preset", vit.PRESETS)
 def test_every_preset_takes_two_steps(method, npz, preset):
     """With the preset's crops, temperatures and head; a smaller network, image and batch."""
     options = f"--data {npz} --out run --preset {preset} --size test --batch 8 --steps 2 --img-size 32 --patch 8"
     options += f" --device {DEVICE}" + " --method pcae" * (method == "pcae")
-    options += " --prototypes 64 --local-size 16 --hidden 64" * (method in ("dino", "hybrid"))
+    options += " --prototypes 64 --hidden 64" * (method in ("dino", "hybrid"))
     assert MAIN[method](options.split())["step"] == 2
 
 
