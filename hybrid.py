@@ -44,7 +44,7 @@ from vit import options, shape_of, step_memory
 MAE_OPTIONS = ("mask_ratio", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "crop_scale")
 OPTIONS = {k: row for k, row in dino.OPTIONS.items() if k != "ablate"}
 OPTIONS |= {k: mae_pcae.OPTIONS[k] for k in MAE_OPTIONS} | dict(
-    epochs=(by_preset(6, "60000 images", 100), "length of the run; the schedules follow it", COUNT),
+    epochs=(by_preset(6, "180000 images", 100), "length of the run; the schedules follow it", COUNT),
     weight=(by_preset(0.5, 0.2), "w in L = (1 - w) L_MIM + w L_CL", SHARE),  # on the demo set DINO needs more than .2
 )
 

@@ -75,7 +75,7 @@ OPTIONS = COMMON | dict(
     ),
     patch=(by_preset(4, "1/8 of the image", 4, 8, 16), "patch size, px", COUNT),
     img_size=(by_preset(32, None, None, 96, 224), "side of the network's input, px", COUNT),
-    epochs=(by_preset(6, "100000 images", 400), "length of the run; the schedules follow it", COUNT),
+    epochs=(by_preset(6, "180000 images", 400), "length of the run; the schedules follow it", COUNT),
     batch=(by_preset(64, 64, 512, 512, 4096), "images in an optimiser step, of all processes", COUNT),
     lr=(by_preset(4e-3, 2e-3, 1e-3, 5e-4, 6.25e-5), "learning rate for batch 256; scaled with the batch"),
     warmup=(by_preset(1.0, None, 20.0, 20.0, 40.0), "epochs over which the learning rate rises"),
