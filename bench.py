@@ -40,7 +40,7 @@ import siameseim
 from vit import InputError  # 1 network
 from vit import Images, in_order, stream  # 2 images
 from vit import DTYPES, adamw, my_rows  # 4 training step
-from vit import COUNT, cli, launch, options, peak_memory, settle, shape_of  # 7 runs
+from vit import COUNT, cli, launch, options, settle, shape_of  # 7 runs
 
 METHODS = dict(dino=(dino, dino.DINO), mae=(mae_pcae, mae_pcae.MAE), pcae=(mae_pcae, mae_pcae.PCAE))
 METHODS |= dict(siameseim=(siameseim, siameseim.SiameseIM), hybrid=(hybrid, hybrid.Hybrid))
@@ -81,7 +81,7 @@ def clocked(parts, wait):
     """A dict of the seconds spent in each phase of our_step, measured by wrapping the functions that do it."""
     script, net, inside, spent = parts["script"], parts["net"], [], {}
     augment = [(script, "sample_step"), *((part, "augment") for part in (net, getattr(net, "mae", net)))]
-    optimiser = [(script, "average_and_clip"), (parts["optimizer"], "step")]
+    optimiser = [(script, "optimizer_step")]
     ema = [(module, "ema_update") for module in (script, mae_pcae) if hasattr(module, "ema_update")]
     watched = dict(augment=augment, backward=[(torch.Tensor, "backward")], optimiser=optimiser, ema=ema[:1])
 
@@ -113,6 +113,17 @@ def ceiling(device, dtype, wait):
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     wait()
     return n**3 / min(timeit.repeat(lambda: (a @ b, wait()), number=1, repeat=10))
+
+
+def peak_memory(device):
+    """Peak memory, MiB: on a GPU what was allocated there, else what the process had; 0 if the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return 0
 
 
 def measure(run, steps, build):

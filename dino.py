@@ -48,8 +48,8 @@ from torch import nn
 from vit import SIZES, InputError, ViT  # 1 network
 from vit import prepare, seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
-from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over_processes  # 4 training step
-from vit import micro_batches, my_rows, set_rates
+from vit import adamw, autocast, cosine, ema_update, mean_over_processes, micro_batches, my_rows  # 4 training step
+from vit import optimizer_step
 from vit import attention_mask, save_grid  # 5 evaluation
 from vit import start_from  # 6 checkpoints
 from vit import COMMON, COUNT, MANY, SHARE, Run, ablate, by_preset, check_momentum, cli, launch, load_data  # 7 runs
@@ -90,53 +90,6 @@ OPTIONS = COMMON | dict(
     teacher_temp_epochs=(30.0, "epochs over which the teacher's temperature rises"),
     ablate=(None, "remove one component and see what breaks", dict(choices=ABLATIONS)),
 )
-
-# views: crops and colours --------------------------------------------------------------------------------------------
-
-
-def sample_views(batch, views, side, scale, blur, solarize, color, g):
-    """All random numbers of `views` crops of each image, (batch, views, ...): BYOL's augmentation.
-
-    side: of the images, px. scale: area of the crops. blur, solarize: a probability for each view. color: strength of
-    the rest, 1 as published.
-    """
-    rand = lambda: torch.rand((batch, views), generator=g)
-    draws = dict(box=sample_boxes((batch, views), side, scale, g), flip=rand() < 0.5)
-    jitter = rand() < 0.8  # all four or none
-    factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
-    draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
-    draws |= dict(hue=factor(0.0, 0.1), keep_color=(rand() >= 0.2 * color).float())  # 0 makes the image grey
-    sigma = 0.1 + 1.9 * rand()  # px of a 224 px image
-    draws["sigma"] = sigma.where(rand() < torch.tensor(blur), 0.0)
-    draws["solarize"] = rand() < color * torch.tensor(solarize)
-    return draws
-
-
-def sample_step(args, step, side):
-    """All random numbers of a step: those of the two global views and of the local ones, for the whole batch."""
-    g = seeded(args.seed, step)
-    draw = lambda n, scale, *odds: sample_views(args.batch, n, side, scale, *odds, args.color, g)
-    global_draws = draw(2, args.global_scale, [1.0, 0.1], [0.0, 0.2])  # odds of blur, of solarization
-    return global_draws, draw(args.local_crops, args.local_scale, [0.5], [0.0])  # one for all local views
-
-
-def augment(imgs, draws, size, unit, mean, std):
-    """uint8 (B, C, S, S) and what sample_views drew -> normalised views (V·B, C, size, size), view by view.
-
-    unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
-    """
-    x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
-    d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k != "box"}
-    if x.shape[1] == 3:
-        x = (x * d["brightness"]).clamp(0, 1)
-        x = blend(x, gray(x).mean(dim=(2, 3), keepdim=True), d["contrast"])
-        x = blend(x, gray(x), d["saturation"])
-        x = shift_hue(x, d["hue"])
-        x = blend(x, gray(x), d["keep_color"])
-    x = gaussian_blur(x, d["sigma"].flatten() * unit, radius=math.ceil(6 * unit))
-    x = torch.where(d["solarize"] & (x >= 0.5), 1 - x, x)
-    return (x - mean) / std
-
 
 # model and loss ------------------------------------------------------------------------------------------------------
 
@@ -226,6 +179,12 @@ def outputs(net, imgs, d_global, d_local, args):
     return s.float().unflatten(0, (-1, len(imgs))), t.float().unflatten(0, (2, len(imgs)))
 
 
+def update_center(center, batch_mean, momentum, finite):
+    """Eq. 4: c = m c + (1 - m) mean of the teacher's outputs over the whole batch; unchanged where `finite` is 0."""
+    moved = center.lerp(mean_over_processes(batch_mean), 1 - momentum)
+    center.copy_(torch.where(finite > 0, moved, center))
+
+
 def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     """One optimiser step (section 3, Algorithm 1). Nothing in it waits for the GPU.
 
@@ -243,16 +202,10 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
 
     if schedule.freeze_last_layer:
         net.student.head.prototypes.grad = net.student.head.length.grad = None
-    set_rates(optimizer, schedule.lr, schedule.weight_decay)
-    norm = average_and_clip(optimizer, scaler, args.clip, each=True)
-    ok = norm.isfinite().float()  # 0: weights, teacher and centre stay as they were
-    optimizer.found_inf = 1 - ok  # 1: the fused AdamW skips the step
-    optimizer.step()
-    optimizer.zero_grad()
-    scaler.update()
-    ema_update(net.teacher, net.student, (1 - schedule.momentum) * ok)
-    moved = net.center.lerp(mean_over_processes(batch_mean), 1 - args.center_momentum)
-    net.center.copy_(torch.where(ok > 0, moved, net.center))
+    rates = schedule.lr, schedule.weight_decay
+    norm, finite = optimizer_step(optimizer, scaler, *rates, args.clip, per_parameter=True)
+    ema_update(net.teacher, net.student, schedule.momentum, finite)
+    update_center(net.center, batch_mean, args.center_momentum, finite)
     return torch.cat([total, norm[None]])
 
 
@@ -268,6 +221,53 @@ def schedules(step, run, args):
         teacher_temp=start + ramp * (end - start),
         freeze_last_layer=step < args.freeze_last_layer * per_epoch,
     )
+
+
+# views: crops and colours --------------------------------------------------------------------------------------------
+
+
+def sample_views(batch, views, side, scale, blur, solarize, color, g):
+    """All random numbers of `views` crops of each image, (batch, views, ...): BYOL's augmentation.
+
+    side: of the images, px. scale: area of the crops. blur, solarize: a probability for each view. color: strength of
+    the rest, 1 as published.
+    """
+    rand = lambda: torch.rand((batch, views), generator=g)
+    draws = dict(box=sample_boxes((batch, views), side, scale, g), flip=rand() < 0.5)
+    jitter = rand() < 0.8  # all four or none
+    factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
+    draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
+    draws |= dict(hue=factor(0.0, 0.1), keep_color=(rand() >= 0.2 * color).float())  # 0 makes the image grey
+    sigma = 0.1 + 1.9 * rand()  # px of a 224 px image
+    draws["sigma"] = sigma.where(rand() < torch.tensor(blur), 0.0)
+    draws["solarize"] = rand() < color * torch.tensor(solarize)
+    return draws
+
+
+def sample_step(args, step, side):
+    """All random numbers of a step: those of the two global views and of the local ones, for the whole batch."""
+    g = seeded(args.seed, step)
+    draw = lambda n, scale, *odds: sample_views(args.batch, n, side, scale, *odds, args.color, g)
+    global_draws = draw(2, args.global_scale, [1.0, 0.1], [0.0, 0.2])  # odds of blur, of solarization
+    return global_draws, draw(args.local_crops, args.local_scale, [0.5], [0.0])  # one for all local views
+
+
+def augment(imgs, draws, size, unit, mean, std):
+    """uint8 (B, C, S, S) and what sample_views drew -> normalised views (V·B, C, size, size), view by view.
+
+    unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
+    """
+    x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
+    d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k != "box"}
+    if x.shape[1] == 3:
+        x = (x * d["brightness"]).clamp(0, 1)
+        x = blend(x, gray(x).mean(dim=(2, 3), keepdim=True), d["contrast"])
+        x = blend(x, gray(x), d["saturation"])
+        x = shift_hue(x, d["hue"])
+        x = blend(x, gray(x), d["keep_color"])
+    x = gaussian_blur(x, d["sigma"].flatten() * unit, radius=math.ceil(6 * unit))
+    x = torch.where(d["solarize"] & (x >= 0.5), 1 - x, x)
+    return (x - mean) / std
 
 
 # other losses, and what a collapse is -------------------------------------------------------------------------------

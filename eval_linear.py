@@ -44,7 +44,7 @@ from torch import nn
 from vit import InputError, ViT, drop_path, gather_tokens, pooled  # 1 network
 from vit import batches, mean_and_std, open_images, prepare, resize_side, seeded, stream  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
-from vit import autocast, average_and_clip, cosine, mean_over_processes, my_rows, processes  # 4 training step
+from vit import autocast, cosine, mean_over_processes, my_rows, optimizer_step, processes  # 4 training step
 from vit import features, gather, pixels  # 5 evaluation
 from vit import load_checkpoint, load_encoder, reading, save_checkpoint  # 6 checkpoints
 from vit import COUNT, DATA_HELP, DEVICE, PRECISION, SHARE, Run, cli, launch, options, to_json  # 7 runs
@@ -376,13 +376,7 @@ def finetune_step(net, optimizer, scaler, imgs, labels, draws, lr, size, args):
     with autocast(x.device, args.precision):
         loss = mixed_loss(net, x, labels, draws["weight"], args.smoothing)
     scaler.scale(loss).backward()
-    for group in optimizer.param_groups:
-        group["lr"] = group["factor"] * lr
-    norm = average_and_clip(optimizer, scaler, clip=0)
-    optimizer.found_inf = 1 - norm.isfinite().float()  # 1: the fused AdamW skips the step
-    optimizer.step()
-    optimizer.zero_grad()
-    scaler.update()
+    optimizer_step(optimizer, scaler, lr, None, clip=0)
     return loss.detach()
 
 

@@ -30,13 +30,13 @@ from torch import nn
 
 import dino
 import mae_pcae
-from dino import DINOHead, Network, dino_loss, schedules
+from dino import DINOHead, Network, dino_loss, schedules, update_center
 
 # isort: off
 from vit import ViT  # 1 network
 from vit import prepare  # 2 images
-from vit import adamw, autocast, average_and_clip, ema_update, mean_over_processes, micro_batches  # 4 training step
-from vit import my_rows, set_rates
+from vit import adamw, autocast, ema_update, mean_over_processes, micro_batches, my_rows  # 4 training step
+from vit import optimizer_step
 from vit import start_from  # 6 checkpoints
 from vit import COUNT, SHARE, Run, by_preset, check_momentum, cli, launch, load_data  # 7 runs
 from vit import options, shape_of, step_memory
@@ -105,16 +105,10 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=False)
     scale = scaler.get_scale() if norms else 1  # in fp16 this waits for the GPU
     if schedule.freeze_last_layer:
         net.student.head.prototypes.grad = net.student.head.length.grad = None
-    set_rates(optimizer, schedule.lr, schedule.weight_decay)
-    norm = average_and_clip(optimizer, scaler, args.clip, each=True)
-    ok = norm.isfinite().float()  # 0: weights, teacher and centre stay as they were
-    optimizer.found_inf = 1 - ok  # 1: the fused AdamW skips the step
-    optimizer.step()
-    optimizer.zero_grad()
-    scaler.update()
-    ema_update(net.teacher, net.student, (1 - schedule.momentum) * ok)
-    moved = net.center.lerp(mean_over_processes(batch_mean), 1 - args.center_momentum)
-    net.center.copy_(torch.where(ok > 0, moved, net.center))
+    rates = schedule.lr, schedule.weight_decay
+    norm, finite = optimizer_step(optimizer, scaler, *rates, args.clip, per_parameter=True)
+    ema_update(net.teacher, net.student, schedule.momentum, finite)
+    update_center(net.center, batch_mean, args.center_momentum, finite)
     return torch.cat([total, norm[None], both / scale])
 
 

@@ -52,8 +52,8 @@ from torch import nn
 from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos_grid  # 1 network
 from vit import prepare, seeded  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
-from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over_processes  # 4 training step
-from vit import micro_batches, my_rows, set_rates
+from vit import adamw, autocast, cosine, ema_update, mean_over_processes, micro_batches, my_rows  # 4 training step
+from vit import optimizer_step
 from vit import save_grid, spread  # 5 evaluation
 from vit import start_from  # 6 checkpoints
 from vit import COMMON, COUNT, SHARE, Run, by_preset, check_momentum, cli, launch, load_data  # 7 runs
@@ -93,23 +93,7 @@ PCAE_OPTIONS = dict(  # rows that replace MAE's
     lr=(by_preset(8e-3, 1e-3, 1e-3, 3e-4, 1.5e-4), ""),
 )
 
-
-# views and masks -----------------------------------------------------------------------------------------------------
-
-
-def sample_step(args, step, side):
-    """All random numbers of a step, for the whole batch: a crop, a flip, and noise that orders the patches (B, N)."""
-    g = seeded(args.seed, step)
-    return dict(
-        box=sample_boxes((args.batch, 1), side, args.crop_scale, g),
-        flip=torch.rand((args.batch, 1), generator=g) < 0.5,
-        noise=torch.rand((args.batch, (args.img_size // args.patch) ** 2), generator=g),
-    )
-
-
-def augment(imgs, draws, size, mean, std):
-    """uint8 (B, C, S, S) -> normalised random resized crops (B, C, size, size)."""
-    return (crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size) - mean) / std
+# masking, models and losses ------------------------------------------------------------------------------------------
 
 
 def random_masking(noise, ratio):
@@ -129,9 +113,6 @@ def patchify(imgs, patch):
 def unpatchify(x, patch, grid):
     """The inverse of patchify, for a grid (h, w) of patches."""
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=patch, q=patch)
-
-
-# models and losses ---------------------------------------------------------------------------------------------------
 
 
 def standardise(x):
@@ -184,7 +165,7 @@ class MAE(nn.Module):
         target = standardise(target) if self.norm_pix else target
         return (pred - target).square().mean(), spread(pred), spread(target)
 
-    start_teacher = update_teacher = lambda self, *weight: None  # MAE has no teacher
+    start_teacher = update_teacher = lambda self, *how: None  # MAE has no teacher
 
     def compile(self):
         super().compile(dynamic=False)
@@ -216,8 +197,8 @@ class PCAE(MAE):
     def start_teacher(self):
         self.teacher.load_state_dict(self.vit.state_dict())
 
-    def update_teacher(self, weight):
-        ema_update(self.teacher, self.vit, weight)
+    def update_teacher(self, momentum, finite):
+        ema_update(self.teacher, self.vit, momentum, finite)
 
     @torch.no_grad()
     def compress(self, imgs, index):
@@ -262,14 +243,8 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
         scaler.scale(loss / args.accumulate).backward()
         total += torch.stack([loss.detach(), pred_std, target_std]) / args.accumulate
 
-    set_rates(optimizer, schedule.lr, schedule.weight_decay)
-    norm = average_and_clip(optimizer, scaler, args.clip)
-    ok = norm.isfinite().float()  # 0: weights and teacher stay as they were
-    optimizer.found_inf = 1 - ok  # 1: the fused AdamW skips the step
-    optimizer.step()
-    optimizer.zero_grad()
-    scaler.update()
-    net.update_teacher((1 - schedule.momentum) * ok)
+    norm, finite = optimizer_step(optimizer, scaler, schedule.lr, schedule.weight_decay, args.clip)
+    net.update_teacher(schedule.momentum, finite)
     return torch.cat([total, norm[None]])
 
 
@@ -280,6 +255,24 @@ def schedules(step, run, args):
         weight_decay=cosine(step, run.total, *args.weight_decay),
         momentum=cosine(step, run.total, args.momentum, 1.0),
     )
+
+
+# views ---------------------------------------------------------------------------------------------------------------
+
+
+def sample_step(args, step, side):
+    """All random numbers of a step, for the whole batch: a crop, a flip, and noise that orders the patches (B, N)."""
+    g = seeded(args.seed, step)
+    return dict(
+        box=sample_boxes((args.batch, 1), side, args.crop_scale, g),
+        flip=torch.rand((args.batch, 1), generator=g) < 0.5,
+        noise=torch.rand((args.batch, (args.img_size // args.patch) ** 2), generator=g),
+    )
+
+
+def augment(imgs, draws, size, mean, std):
+    """uint8 (B, C, S, S) -> normalised random resized crops (B, C, size, size)."""
+    return (crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size) - mean) / std
 
 
 # pictures and main ---------------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ from torchvision.utils import draw_bounding_boxes
 from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos, sincos_grid  # 1 network
 from vit import seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
-from vit import adamw, autocast, average_and_clip, cosine, ema_update, mean_over_processes  # 4 training step
-from vit import micro_batches, my_rows, set_rates
+from vit import adamw, autocast, cosine, ema_update, mean_over_processes, micro_batches, my_rows  # 4 training step
+from vit import optimizer_step
 from vit import save_grid, spread  # 5 evaluation
 from vit import start_from  # 6 checkpoints
 from vit import COMMON, COUNT, SHARE, Run, ablate, by_preset, check_momentum, cli, launch, load_data  # 7 runs
@@ -97,103 +97,6 @@ OPTIONS = COMMON | dict(
     momentum=(by_preset(0.98, 0.99, 0.99, 0.99, 0.995), "of the target, 1 at the end; lower it for short runs"),
     ablate=(None, "remove one component and see what breaks", dict(choices=ABLATIONS)),
 )
-
-
-# views, masks, and where they lie ------------------------------------------------------------------------------------
-
-
-def sample_step(args, step, side):
-    """All random numbers of a step, for the whole batch: BYOL's augmentation, each entry (batch, 2, ...); for the mask
-    of view a noise (batch, N) and blocks (batch, 12, 4). side: of the images, px.
-    """
-    g, color = seeded(args.seed, step), args.color
-    rand = lambda: torch.rand((args.batch, 2), generator=g)
-    draws = dict(box=sample_boxes((args.batch, 2), side, args.crop_scale, g), flip=rand() < 0.5)
-    jitter = rand() < 0.8  # one coin for all four
-    factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
-    draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
-    draws |= dict(hue=factor(0.0, 0.1), keep_color=(rand() >= 0.2 * color).float())  # 0 makes the image grey
-    sigma = 0.1 + 1.9 * rand()  # px of a 224 px image
-    draws["sigma"] = sigma.where(rand() < torch.tensor(args.blur), 0.0)
-    draws["solarize"] = rand() < color * torch.tensor([0.0, 0.2])
-    if args.mask == "block":
-        draws["blocks"] = torch.rand((12, 4, args.batch), generator=g).permute(2, 0, 1)
-    draws["noise"] = torch.rand((args.batch, (args.img_size // args.patch) ** 2), generator=g)
-    if args.ablate == "same-view":  # view b is the crop of view a; the colours stay two
-        draws |= {k: draws[k][:, :1].repeat_interleave(2, dim=1) for k in ("box", "flip")}
-    return draws
-
-
-def visible_patches(draws, grid, ratio):
-    """The indices (B, n) of the patches of view a that stay visible: those that would be hidden last."""
-    order = block_order(draws["blocks"], grid, ratio) if "blocks" in draws else 0  # 0: a random order
-    return (order + draws["noise"]).argsort(dim=1)[:, round(ratio * math.prod(grid)) :]
-
-
-def block_order(draws, grid, ratio):
-    """Which block hides each patch (B, N), counted from 0 (BEiT, arXiv 2106.08254, Algorithm 1).
-
-    A block has between 16/196 of the patches and as many as are still to be hidden, and a log aspect ratio uniform in
-    0.3 to 1/0.3. What no block covers comes last. draws (B, rounds, 4): uniform, for area, aspect ratio and place.
-    """
-    (h, w), n, rounds = grid, math.prod(grid), draws.shape[1]
-    y, x = torch.arange(h, device=draws.device).view(1, h, 1), torch.arange(w, device=draws.device).view(1, 1, w)
-    order = draws.new_full((len(draws), h, w), float(rounds))
-    for i in range(rounds):
-        for_area, for_aspect, for_top, for_left = draws[:, i].view(-1, 4, 1, 1).unbind(1)
-        todo, least = round(ratio * n) - (order < rounds).sum(dim=(1, 2), keepdim=True), n * 16 / 196
-        area = least + for_area * (todo - least).clamp(min=0)
-        aspect = torch.exp((2 * for_aspect - 1) * math.log(0.3))
-        bh, bw = (area * aspect).sqrt().round().clamp(1, h), (area / aspect).sqrt().round().clamp(1, w)
-        top, left = (for_top * (h - bh + 1)).floor(), (for_left * (w - bw + 1)).floor()
-        block = (y >= top) & (y < top + bh) & (x >= left) & (x < left + bw)
-        order = torch.where(block & (order == rounds), float(i), order)
-    return order.flatten(1)
-
-
-def places(box, flip, side, grid):
-    """Locates the patches of view b on the patch grid of view a: rows, columns, and 10 ln of how many times taller and
-    wider they are (as in the authors' code). Four (B, N).
-
-    box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). side: of the images, px, or (B,). With
-    G patches to a side, patch m of b, whose crop starts at y2 and is h2 high, has its centre on a's grid at
-    (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2; columns likewise, mirrored where one view is flipped and the other is not.
-    """
-    y, x, h, w = (t[..., None] for t in box.unbind(-1))  # (B, 2, 1)
-    side = side.view(-1, 1) if torch.is_tensor(side) else box.new_full((1, 1), side)
-    x = torch.where(flip[..., None], side[..., None] - x - w, x)  # flipped views: from the right edge
-    (y1, y2), (x1, x2), (h1, h2), (w1, w2) = (t.unbind(1) for t in (y, x, h, w))
-    m, n = (torch.arange(g, device=box.device) + 0.5 for g in grid)
-    rows = h2 / h1 * m + grid[0] * (y2 - y1) / h1 - 0.5
-    alike, mirrored = w2 / w1 * n + grid[1] * (x2 - x1) / w1, grid[1] * (side - x1 - x2) / w1 - w2 / w1 * n
-    columns = torch.where(flip[:, :1] == flip[:, 1:], alike, mirrored) - 0.5
-    rows, columns = (t.expand(-1, *grid).flatten(1) for t in (rows[:, :, None], columns[:, None]))
-    return rows, columns, (10 * (h2 / h1).log()).expand_as(rows), (10 * (w2 / w1).log()).expand_as(rows)
-
-
-def relative_positions(box, flip, side, grid, dim):
-    """The sine-cosine embedding of `places`, (B, N, 2 dim): rows, columns, then the two scales."""
-    rows, columns, taller, wider = places(box, flip, side, grid)
-    return torch.cat([sincos(columns, rows, dim), sincos(wider, taller, dim)], dim=-1)  # sincos puts x first
-
-
-def augment(imgs, draws, size, unit, mean, std):
-    """uint8 (B, C, S, S) and what sample_step drew -> normalised views (2·B, C, size, size), view by view.
-
-    unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
-    """
-    x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
-    d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k not in ("box", "blocks", "noise")}
-    if x.shape[1] == 3:
-        x = (x * d["brightness"]).clamp(0, 1)
-        x = blend(x, gray(x).mean(dim=(2, 3), keepdim=True), d["contrast"])
-        x = blend(x, gray(x), d["saturation"])
-        x = shift_hue(x, d["hue"])
-        x = blend(x, gray(x), d["keep_color"])
-    x = gaussian_blur(x, d["sigma"].flatten() * unit, radius=math.ceil(6 * unit))
-    x = torch.where(d["solarize"] & (x >= 0.5), 1 - x, x)
-    return (x - mean) / std
-
 
 # model and loss ------------------------------------------------------------------------------------------------------
 
@@ -333,14 +236,8 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
         scaler.scale(loss / args.accumulate).backward()
         total += torch.stack([loss.detach(), uniformity, spread(z)]) / args.accumulate
 
-    set_rates(optimizer, schedule.lr, schedule.weight_decay)
-    norm = average_and_clip(optimizer, scaler, args.clip)
-    ok = norm.isfinite().float()  # 0: online and target network stay as they were
-    optimizer.found_inf = 1 - ok  # 1: the fused AdamW skips the step
-    optimizer.step()
-    optimizer.zero_grad()
-    scaler.update()
-    ema_update(net.target, net.online, (1 - schedule.momentum) * ok)
+    norm, finite = optimizer_step(optimizer, scaler, schedule.lr, schedule.weight_decay, args.clip)
+    ema_update(net.target, net.online, schedule.momentum, finite)
     return torch.cat([total, norm[None]])
 
 
@@ -357,6 +254,102 @@ def global_loss(pred, target, c, weight=0.02):
     """Compares one vector per image: the mean token, the target's standardised again; C of this micro-batch."""
     y, z = pred.mean(dim=1), F.layer_norm(target.mean(dim=1), target.shape[-1:])
     return siameseim_loss(y, z, correlation(z), weight)
+
+
+# views, masks, and where they lie ------------------------------------------------------------------------------------
+
+
+def sample_step(args, step, side):
+    """All random numbers of a step, for the whole batch: BYOL's augmentation, each entry (batch, 2, ...); for the mask
+    of view a noise (batch, N) and blocks (batch, 12, 4). side: of the images, px.
+    """
+    g, color = seeded(args.seed, step), args.color
+    rand = lambda: torch.rand((args.batch, 2), generator=g)
+    draws = dict(box=sample_boxes((args.batch, 2), side, args.crop_scale, g), flip=rand() < 0.5)
+    jitter = rand() < 0.8  # one coin for all four
+    factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
+    draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
+    draws |= dict(hue=factor(0.0, 0.1), keep_color=(rand() >= 0.2 * color).float())  # 0 makes the image grey
+    sigma = 0.1 + 1.9 * rand()  # px of a 224 px image
+    draws["sigma"] = sigma.where(rand() < torch.tensor(args.blur), 0.0)
+    draws["solarize"] = rand() < color * torch.tensor([0.0, 0.2])
+    if args.mask == "block":
+        draws["blocks"] = torch.rand((12, 4, args.batch), generator=g).permute(2, 0, 1)
+    draws["noise"] = torch.rand((args.batch, (args.img_size // args.patch) ** 2), generator=g)
+    if args.ablate == "same-view":  # view b is the crop of view a; the colours stay two
+        draws |= {k: draws[k][:, :1].repeat_interleave(2, dim=1) for k in ("box", "flip")}
+    return draws
+
+
+def visible_patches(draws, grid, ratio):
+    """The indices (B, n) of the patches of view a that stay visible: those that would be hidden last."""
+    order = block_order(draws["blocks"], grid, ratio) if "blocks" in draws else 0  # 0: a random order
+    return (order + draws["noise"]).argsort(dim=1)[:, round(ratio * math.prod(grid)) :]
+
+
+def block_order(draws, grid, ratio):
+    """Which block hides each patch (B, N), counted from 0 (BEiT, arXiv 2106.08254, Algorithm 1).
+
+    A block has between 16/196 of the patches and as many as are still to be hidden, and a log aspect ratio uniform in
+    0.3 to 1/0.3. What no block covers comes last. draws (B, rounds, 4): uniform, for area, aspect ratio and place.
+    """
+    (h, w), n, rounds = grid, math.prod(grid), draws.shape[1]
+    y, x = torch.arange(h, device=draws.device).view(1, h, 1), torch.arange(w, device=draws.device).view(1, 1, w)
+    order = draws.new_full((len(draws), h, w), float(rounds))
+    for i in range(rounds):
+        for_area, for_aspect, for_top, for_left = draws[:, i].view(-1, 4, 1, 1).unbind(1)
+        todo, least = round(ratio * n) - (order < rounds).sum(dim=(1, 2), keepdim=True), n * 16 / 196
+        area = least + for_area * (todo - least).clamp(min=0)
+        aspect = torch.exp((2 * for_aspect - 1) * math.log(0.3))
+        bh, bw = (area * aspect).sqrt().round().clamp(1, h), (area / aspect).sqrt().round().clamp(1, w)
+        top, left = (for_top * (h - bh + 1)).floor(), (for_left * (w - bw + 1)).floor()
+        block = (y >= top) & (y < top + bh) & (x >= left) & (x < left + bw)
+        order = torch.where(block & (order == rounds), float(i), order)
+    return order.flatten(1)
+
+
+def places(box, flip, side, grid):
+    """Locates the patches of view b on the patch grid of view a: rows, columns, and 10 ln of how many times taller and
+    wider they are (as in the authors' code). Four (B, N).
+
+    box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). side: of the images, px, or (B,). With
+    G patches to a side, patch m of b, whose crop starts at y2 and is h2 high, has its centre on a's grid at
+    (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2; columns likewise, mirrored where one view is flipped and the other is not.
+    """
+    y, x, h, w = (t[..., None] for t in box.unbind(-1))  # (B, 2, 1)
+    side = side.view(-1, 1) if torch.is_tensor(side) else box.new_full((1, 1), side)
+    x = torch.where(flip[..., None], side[..., None] - x - w, x)  # flipped views: from the right edge
+    (y1, y2), (x1, x2), (h1, h2), (w1, w2) = (t.unbind(1) for t in (y, x, h, w))
+    m, n = (torch.arange(g, device=box.device) + 0.5 for g in grid)
+    rows = h2 / h1 * m + grid[0] * (y2 - y1) / h1 - 0.5
+    alike, mirrored = w2 / w1 * n + grid[1] * (x2 - x1) / w1, grid[1] * (side - x1 - x2) / w1 - w2 / w1 * n
+    columns = torch.where(flip[:, :1] == flip[:, 1:], alike, mirrored) - 0.5
+    rows, columns = (t.expand(-1, *grid).flatten(1) for t in (rows[:, :, None], columns[:, None]))
+    return rows, columns, (10 * (h2 / h1).log()).expand_as(rows), (10 * (w2 / w1).log()).expand_as(rows)
+
+
+def relative_positions(box, flip, side, grid, dim):
+    """The sine-cosine embedding of `places`, (B, N, 2 dim): rows, columns, then the two scales."""
+    rows, columns, taller, wider = places(box, flip, side, grid)
+    return torch.cat([sincos(columns, rows, dim), sincos(wider, taller, dim)], dim=-1)  # sincos puts x first
+
+
+def augment(imgs, draws, size, unit, mean, std):
+    """uint8 (B, C, S, S) and what sample_step drew -> normalised views (2·B, C, size, size), view by view.
+
+    unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
+    """
+    x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
+    d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k not in ("box", "blocks", "noise")}
+    if x.shape[1] == 3:
+        x = (x * d["brightness"]).clamp(0, 1)
+        x = blend(x, gray(x).mean(dim=(2, 3), keepdim=True), d["contrast"])
+        x = blend(x, gray(x), d["saturation"])
+        x = shift_hue(x, d["hue"])
+        x = blend(x, gray(x), d["keep_color"])
+    x = gaussian_blur(x, d["sigma"].flatten() * unit, radius=math.ceil(6 * unit))
+    x = torch.where(d["solarize"] & (x >= 0.5), 1 - x, x)
+    return (x - mean) / std
 
 
 # pictures and main ---------------------------------------------------------------------------------------------------

@@ -560,10 +560,7 @@ def stream(images, keys, device="cpu", workers=2):
         return
     keys = (list(zip(i, offsets, strict=True)) for i, offsets in keys)
     how = dict(num_workers=workers, worker_init_fn=in_worker, pin_memory=device.type == "cuda")
-    loader = iter(torch.utils.data.DataLoader(images, batch_sampler=keys, **how))
-    with contextlib.suppress(AttributeError, ValueError):  # Windows has no SIGCHLD; only the main thread may set it
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anywhere, in a save too; next() will do
-    for batch in loader:
+    for batch in torch.utils.data.DataLoader(images, batch_sampler=keys, **how):
         yield batch.to(device, non_blocking=True)
 
 
@@ -712,13 +709,6 @@ def adamw(net, precision, betas=(0.9, 0.999)):
     return optimizer, torch.amp.GradScaler(params[0].device.type, enabled=precision == "fp16")
 
 
-def set_rates(optimizer, lr, weight_decay):
-    """Sets the learning rate, and the weight decay of all but biases and norms."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
-
-
 def processes():
     """This process's rank and the number of processes; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -747,10 +737,9 @@ def micro_batches(n, *parts):
 
 
 @torch.no_grad()
-def average_and_clip(optimizer, scaler, clip, each=False):
+def average_and_clip(optimizer, scaler, clip, per_parameter=False):
     """Averages gradients over processes, takes out fp16's scale, clips. Returns the norm before clipping, ().
 
-    clip: limit of the norm of all gradients together, or with `each` of each parameter's own (DINO); 0 turns it off.
     Averaged here and not by DistributedDataParallel, whose wrapper would need exceptions for frozen parameters, for
     several forward passes before a step and for accumulation, and puts a prefix in front of every name that is saved.
     """
@@ -763,17 +752,37 @@ def average_and_clip(optimizer, scaler, clip, each=False):
     norms = torch.stack(torch._foreach_norm(grads))
     norm = norms.norm()
     if clip:
-        scale = clip / ((norms if each else norm.expand(len(norms))) + 1e-6)
+        scale = clip / ((norms if per_parameter else norm.expand(len(norms))) + 1e-6)
         torch._foreach_mul_(grads, list(scale.clamp(max=1).unbind()))
     return norm
 
 
+def optimizer_step(optimizer, scaler, lr, weight_decay, clip, per_parameter=False):
+    """Clips, and does one step of AdamW unless a gradient is not finite. Nothing in it waits for the device.
+
+    weight_decay: of all but biases and norms. clip: limit of the norm of all gradients together, or of each
+    parameter's own (DINO); 0 turns it off. Returns the norm before clipping, and finite: 1.0 if the step was done, else
+    0.0; two tensors ().
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("factor", 1)  # factor: of a layer, in fine-tuning
+    if weight_decay is not None:
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+    norm = average_and_clip(optimizer, scaler, clip, per_parameter)
+    finite = norm.isfinite().float()
+    optimizer.found_inf = 1 - finite  # 1: the fused AdamW skips the step
+    optimizer.step()
+    optimizer.zero_grad()
+    scaler.update()
+    return norm, finite
+
+
 @torch.no_grad()
-def ema_update(teacher, student, weight):
-    """EMA: teacher += weight (student - teacher). weight: a tensor (), 1 - momentum; 0 changes nothing."""
+def ema_update(teacher, student, momentum, finite):
+    """EMA: teacher = momentum teacher + (1 - momentum) student, where `finite` is 1; else it stays as it is."""
     old, new = list(teacher.parameters()), list(student.parameters())
     change = torch._foreach_sub(new, old)
-    torch._foreach_mul_(change, weight)
+    torch._foreach_mul_(change, (1 - momentum) * finite)
     torch._foreach_add_(old, change)
 
 
@@ -999,11 +1008,6 @@ def cli(main):
         except InputError as e:
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
-        except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: it died while it handed a batch over
-            if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
-                raise
-            why = "out of memory? Run the same command again to resume, perhaps with --workers 0"
-            raise SystemExit(f"{Path(sys.argv[0]).name}: error: a process that decodes images died ({why})") from None
         finally:  # gives the signal handlers and the process group back
             while Run.handlers:
                 signal.signal(*Run.handlers.popitem())
@@ -1364,13 +1368,11 @@ class Run:
         keys, loading = itertools.tee(keys)
         loader = stream(train, loading, self.device, self.args.workers)
         self.started = self.since = self.saved = time.perf_counter()
-        self.waited, self.counted, self.saving, self.warned = 0.0, self.first, 0.0, False
+        self.counted, self.saving, self.warned = self.first, 0.0, False
         self.updates, self.moved = self.count_updates(), self.first - 1
         self.bar = tqdm(total=self.stop, initial=self.first, unit="step", disable=True if self.rank else None)
         for step in range(self.first, self.stop):
-            start = time.perf_counter()
             imgs, (self.index, _) = next(loader), next(keys)  # index: which images these are
-            self.waited += time.perf_counter() - start
             self.leave = self.asked if self.world == 1 else 0
             if self.world > 1 and step % 10 == 9:  # has any process been asked to stop?
                 asked = mean_over_processes(torch.tensor(float(self.asked), device=self.device))
@@ -1398,10 +1400,9 @@ class Run:
         now, updates = time.perf_counter(), self.count_updates()
         images, seconds = (step + 1 - self.counted) * self.args.batch, now - self.since
         row = dict(step=step + 1, epoch=round((step + 1) / self.steps_per_epoch, 3), **row, skipped=step + 1 - updates)
-        row |= dict(images_per_s=round(images / seconds, 1), data_wait=round(self.waited / seconds, 4))
-        row |= dict(memory_mib=round(peak_memory(self.device)), seconds=round(self.before + now - self.started, 2))
+        row |= dict(images_per_s=round(images / seconds, 1), seconds=round(self.before + now - self.started, 2))
         self.write(**row)
-        self.since, self.waited, self.counted = now, 0.0, step + 1
+        self.since, self.counted = now, step + 1
         show = " ".join(f"{k} {row[k]:.4g}" for k in ("loss", "entropy", "images_per_s", "lr") if k in row)
         self.bar.set_postfix_str(show)
         if step - self.first < 20:
@@ -1489,14 +1490,3 @@ class Run:
         result["checkpoint"] = str(self.out / "last.pt")
         self.say(to_json(result))
         return result
-
-
-def peak_memory(device):
-    """Peak memory, MiB: on a GPU what was allocated there, else what the process had; 0 if the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(ImportError):  # Windows
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return 0

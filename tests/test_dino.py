@@ -77,7 +77,6 @@ def two():
     """Two parameters with gradients far from one, and their optimizer and scaler."""
     net = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))])
     optimizer, scaler = vit.adamw(net, "fp32")
-    vit.set_rates(optimizer, 0.1, 0.0)
     return net, optimizer, scaler
 
 
@@ -88,8 +87,8 @@ def test_clipping_is_of_each_parameter_and_the_step_is_adamw(two):
     for scale in (100.0, 1e-3, 2.0):
         ga, gb = torch.randn(3, 2) * scale, torch.randn(4)
         a.grad, b.grad = ga.clone(), gb.clone()
-        norm = vit.average_and_clip(optimizer, scaler, 3.0, each=True)
-        optimizer.step()
+        norm, finite = vit.optimizer_step(optimizer, scaler, 0.1, 0.0, 3.0, per_parameter=True)
+        assert finite == 1
         for p, g in zip(twin, (ga, gb), strict=True):
             p.grad = g * min(1, 3.0 / (g.norm().item() + 1e-6))
         adam.step()
@@ -109,10 +108,9 @@ def test_clipping_all_together(two, clip):
 
 
 def test_weight_decay_is_of_matrices_alone(two):
-    (a, b), optimizer, _ = two
-    vit.set_rates(optimizer, 0.1, 0.5)
+    (a, b), optimizer, scaler = two
     a.grad, b.grad = torch.zeros(3, 2), torch.zeros(4)
-    optimizer.step()
+    vit.optimizer_step(optimizer, scaler, 0.1, 0.5, 0.0)
     assert torch.allclose(a, torch.full((3, 2), 0.95)) and torch.equal(b, torch.ones(4))
 
 
@@ -134,7 +132,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(npz, method, bad):
 
 
 def test_a_bad_batch_is_counted(npz, monkeypatch):
-    real, steps = dino.average_and_clip, []
+    real, steps = vit.average_and_clip, []
 
     def poisoned(optimizer, *rest, **how):
         steps.append(1)
@@ -142,7 +140,7 @@ def test_a_bad_batch_is_counted(npz, monkeypatch):
             optimizer.param_groups[0]["params"][0].grad[:] = float("nan")
         return real(optimizer, *rest, **how)
 
-    monkeypatch.setattr(dino, "average_and_clip", poisoned)
+    monkeypatch.setattr(vit, "average_and_clip", poisoned)
     dino.main(tiny("--steps", 6))
     assert [r["skipped"] for r in log() if "skipped" in r] == [0, 0, 1, 2, 2, 2]
     assert log()[4]["grad_norm"] is None and all(math.isfinite(v) for v in losses().values())

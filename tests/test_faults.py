@@ -67,14 +67,13 @@ def test_kill_9_while_fine_tuning(npz):
     assert same(checkpoint("straight"), checkpoint("killed")) == []
 
 
-def test_a_worker_that_dies_ends_the_run_with_a_message(folder):
+def test_a_worker_that_dies_ends_the_run_which_then_resumes(folder):
     process = streamed(folder, stderr=subprocess.PIPE)
     wait_for(process)
     for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)
     text = process.communicate(timeout=60)[1]
-    line = text.splitlines()[-1]
-    assert process.returncode == 1 and "a process that decodes images died" in line and "--workers" in line, text
+    assert process.returncode == 1 and "DataLoader worker" in text and checkpoint()["step"] > 0, text
 
 
 def test_one_of_two_processes_dies(npz):

@@ -201,7 +201,7 @@ def test_siameseim_loss():
 def test_siameseim_step():
     z = golden("siameseim")[0]
     net = siameseim_net(z)
-    vit.ema_update(net.target, net.online, torch.tensor(1 - float(z["momentum"])))
+    vit.ema_update(net.target, net.online, float(z["momentum"]), torch.ones(()))
     close(net.target.vit.blocks[0].attn.qkv.weight.data, z["mm_qkv0_after"], atol=1e-6)
     target = net.targets(z["x2"])
     visible = z["mask"].argsort(dim=1, stable=True)[:, : int((z["mask"][0] == 0).sum())]
