@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from eval_linear import EVALUATION, accuracies, report, train_heads
+from tools.convert import read_encoder
 
 # isort: off
 from vit import InputError, ViT, pooled  # 1 network
 from vit import Images, batches, in_order, list_images, open_images, prepare, reading, resize_side, stream  # 2 images
 from vit import features, knn  # 5 evaluation
-from vit import load_encoder  # 6 checkpoints
 from vit import COUNT, cli, launch, options  # 7 runs
 
 OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("checkpoint", "img_size", "limit")} | dict(
@@ -461,7 +461,7 @@ def main(argv=None):
         args.limit, args.train_images = min(args.limit, 200), min(args.train_images, 500)
     device = launch(args, alone=True)
     files = [c.rsplit("=", 1) if c.endswith(("=cl", "=mim")) else [c, None] for c in args.checkpoints]
-    loaded = [(file, kind, *load_encoder(file, args.heads, quiet=True)) for file, kind in files]
+    loaded = [(file, kind, *read_encoder(file, args.heads)) for file, kind in files]
     args.data = args.data or loaded[0][3].get("data", "demo.npz")
     results = [read_result(f) for f in args.results]
     sets, models = load_sets(args, max((config for *_, config in loaded), key=lambda c: max(c["img_size"]))), {}

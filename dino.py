@@ -65,7 +65,7 @@ ABLATIONS = {  # the options that they change
 }
 # name=(default, help[, arguments for argparse]); by_preset: for demo.npz, a CPU, then the published
 OPTIONS = COMMON | dict(
-    size=(by_preset("nano", "nano", "tiny", "small"), "the network's width, depth and heads", dict(choices=SIZES)),
+    size=(by_preset("nano", "nano", "tiny", "small"), "width, depth and heads", dict(choices=SIZES)),
     patch=(by_preset(4, "1/4 of the image", 4, 8, 16), "patch size, px", COUNT),
     img_size=(by_preset(32, None, None, 96, 224), "side of the network's input, px", COUNT),
     epochs=(by_preset(6, "180000 images", 100), "length of the run; the schedules follow it", COUNT),

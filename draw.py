@@ -16,11 +16,12 @@ from pathlib import Path
 import dino
 import hybrid
 import mae_pcae
+from tools.convert import HARMLESS, read_encoder
 
 # isort: off
 from vit import InputError, ViT  # 1 network
 from vit import decode, mean_and_std, prepare, reading, resize_side, square  # 2 images
-from vit import load_checkpoint, load_encoder  # 6 checkpoints
+from vit import load_checkpoint  # 6 checkpoints
 from vit import COUNT, DEVICE, cli, launch, options, shape_of  # 7 runs
 
 OPTIONS = dict(
@@ -36,7 +37,7 @@ NETWORKS = dict(mae=mae_pcae.MAE, pcae=mae_pcae.PCAE, hybrid=hybrid.Hybrid)  # t
 
 def load_network(file, config, device):
     """The whole network of a run with a decoder, or None: other methods, and files with an encoder alone."""
-    state = load_checkpoint(file)
+    state = load_checkpoint(file, HARMLESS)
     if config.get("method") not in NETWORKS or "net" not in state:
         return None
     with reading(file, "run"):
@@ -60,7 +61,7 @@ def read_square(file, config, device):
 def main(argv=None):
     args = options(__doc__, OPTIONS, argv, precision="fp32")
     device = launch(args)
-    vit, config = load_encoder(args.checkpoint, args.heads)
+    vit, config = read_encoder(args.checkpoint, args.heads)
     vit, net = vit.to(device), load_network(args.checkpoint, config, device)
     mean, std = mean_and_std(config, device)
     size = [args.img_size] * 2 if args.img_size else config["img_size"]

@@ -40,13 +40,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tools.convert import read_encoder
+
 # isort: off
 from vit import InputError, ViT, drop_path, gather_tokens, pooled  # 1 network
 from vit import batches, mean_and_std, open_images, prepare, resize_side, seeded, stream  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
 from vit import autocast, cosine, mean_over_processes, my_rows, optimizer_step, processes  # 4 training step
 from vit import features, gather, pixels  # 5 evaluation
-from vit import load_checkpoint, load_encoder, reading, save_checkpoint  # 6 checkpoints
+from vit import load_checkpoint, reading, save_checkpoint  # 6 checkpoints
 from vit import COUNT, DATA_HELP, DEVICE, PRECISION, SHARE, Run, cli, launch, options, to_json  # 7 runs
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -94,7 +96,7 @@ def open_encoder(args):
     """The encoder in args.checkpoint and its config, with --img-size."""
     if not args.checkpoint:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
-    vit, config = load_encoder(args.checkpoint, args.heads, quiet=processes()[0] > 0)
+    vit, config = read_encoder(args.checkpoint, args.heads)
     if args.img_size:  # positions are interpolated once, and what is saved later has this size
         config["img_size"] = vit.config["img_size"] = [args.img_size] * 2
         grid = ViT.grid_of(config["img_size"], vit.patch)

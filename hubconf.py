@@ -1,4 +1,5 @@
-"""torch.hub entry points, each gives (vit, config): one for each file in weights/, and encoder(file) for any other."""
+"""torch.hub entry points, each gives (vit, config): one for each file in weights/, and encoder(file) for
+any other of ours (others': tools/convert.py)."""
 
 import functools
 import importlib.util
@@ -13,4 +14,4 @@ spec.loader.exec_module(module)
 encoder = module.load_encoder
 
 for file in sorted((here / "weights").glob("*.pt")):
-    globals()[file.stem.replace("-", "_")] = functools.partial(encoder, file, quiet=True)
+    globals()[file.stem.replace("-", "_")] = functools.partial(encoder, file)

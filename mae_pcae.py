@@ -62,11 +62,7 @@ from vit import options, shape_of, step_memory
 # name=(default, help[, arguments for argparse]); by_preset: for demo.npz, a CPU, then the published
 OPTIONS = COMMON | dict(
     method=("mae", "mae: pixels; pcae: features of a momentum encoder", dict(choices=("mae", "pcae"))),
-    size=(
-        by_preset("nano", "nano", "tiny", "small", "base"),
-        "the network's width, depth and heads",
-        dict(choices=SIZES),
-    ),
+    size=(by_preset("nano", "nano", "tiny", "small", "base"), "width, depth and heads", dict(choices=SIZES)),
     patch=(by_preset(4, "1/8 of the image", 4, 8, 16), "patch size, px", COUNT),
     img_size=(by_preset(32, None, None, 96, 224), "side of the network's input, px", COUNT),
     epochs=(by_preset(16, "400000 images", 400), "length of the run (PCAE on the demo set: 24)", COUNT),

@@ -33,7 +33,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -888,28 +888,21 @@ def save_checkpoint(file, state):
         part.unlink(missing_ok=True)
 
 
-NUMPY = [np.float64().__reduce__()[0], np.zeros(1).__reduce__()[0]]  # what makes a number and an array from bytes
-HARMLESS = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(k)) for k in "?bBhHiIlLqQefd")]
-HARMLESS += [(f, f"numpy.{core}.multiarray.{f.__name__}") for core in ("core", "_core") for f in NUMPY]
-HARMLESS += [(PurePath, f"pathlib.{name}Path") for name in ("Posix", "Windows", "_local.Posix")]
-SAVE = "where you trust it, load it, and save its weights alone, torch.save(model.state_dict(), FILE)"
+def load_checkpoint(file, harmless=(argparse.Namespace,)):
+    """What a checkpoint holds. Never runs code from the file. Raises InputError that says what is wrong with it.
 
-
-def load_checkpoint(file):
-    """What a checkpoint holds. Never runs code from the file. Raises InputError that says what is wrong with it."""
+    harmless: classes and functions that the file may use besides tensors and plain types.
+    """
     if not Path(file).is_file():
         raise InputError(f"no checkpoint at {file}")
-    with reading(file, "checkpoint"), torch.serialization.safe_globals(HARMLESS):  # found beside others' weights
+    with reading(file, "checkpoint"), torch.serialization.safe_globals(list(harmless)):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
             name = re.search(r"GLOBAL (\S+)", str(e))
-            what = f"refused, it wants to run {name[1]}: {SAVE}" if name else "neither weights nor a checkpoint"
+            save = "where you trust it, load it, and save its weights alone, torch.save(model.state_dict(), FILE)"
+            what = f"refused, it wants to run {name[1]}: {save}" if name else "neither weights nor a checkpoint"
             raise InputError(f"{file} is not a readable checkpoint ({what})") from None
-
-
-PREFIXES = re.compile(r"^((module|backbone|_orig_mod|teacher|student|encoder|model|vit|net|base_encoder)\.)+")
-OTHERS = re.compile(r"^(blocks|fc_norm|norm_pre|patch_embed|cls_|reg|storage|dist_)|gamma|rel_pos|relative|rope")
 
 
 def class_name(backbone):
@@ -917,65 +910,42 @@ def class_name(backbone):
     return None if backbone is ViT else f"{backbone.__module__}.{backbone.__qualname__}"
 
 
-def load_encoder(file, heads=None, quiet=False, backbone=ViT):
-    """A ViT with the weights of a checkpoint, and what is needed to use it: (vit, config).
+def load_encoder(file, backbone=ViT):
+    """The encoder of a run (last.pt) or of weights/*.pt, and what is needed to use it: (vit, config).
 
-    Reads ours (last.pt, weights/*.pt), the authors' (DINO, MAE, PCAE, SiameseIM) and timm's files; wrappers' prefixes
-    are stripped. config: the ViT's arguments, mean and std (of pixels in [0, 1]), and feature, the vector to evaluate:
-    that of our run; for files of others "cls", or "mean" where there is no final norm (SiameseIM). heads: files of
-    others do not tell; those that SIZES has for the width are assumed. Raises InputError where a tensor is missing or
-    has another shape, and for parts that would be left out although they change the output (fc_norm, register tokens,
-    LayerScale, relative positions). backbone: the class with which it was trained, if that is not ViT.
+    config: the ViT's arguments, mean and std (of pixels in [0, 1]), and feature, the vector to evaluate. backbone: the
+    class with which it was trained, if that is not ViT. Raises InputError for other files; tools/convert.py reads the
+    authors' and timm's.
     """
-    found = load_checkpoint(file)
+    state = load_checkpoint(file)
+    if not isinstance(state, dict) or not all(isinstance(state.get(k), dict) for k in ("encoder", "config")):
+        raise InputError(f"{file} is no checkpoint of ours: python tools/convert.py {file} makes one of others'")
+    config = state["config"]
+    if config.get("backbone") != class_name(backbone):
+        trained = config.get("backbone") or "vit.ViT"
+        raise InputError(f"{file} was trained with backbone {trained}: load_encoder(FILE, backbone=...) takes it")
+    return build_encoder(file, state["encoder"], config, backbone), config
+
+
+def build_encoder(file, weights, config, backbone=ViT):
+    """A ViT of this config with these weights. Raises InputError where one is missing or of another shape."""
     with reading(file, "ViT"):
-        found = found if isinstance(found, dict) else {}
-        config = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], feature="cls") | found.get("config", {})
-        if config.get("backbone") != class_name(backbone):
-            trained = config.get("backbone") or "vit.ViT"
-            raise InputError(f"{file} was trained with backbone {trained}: load_encoder(FILE, backbone=...) takes it")
-        keys = list(found)
-        for key in ("encoder", "model", "model_state_dict", "state_dict", "teacher", "student", "net", "model_ema"):
-            found = found[key] if isinstance(found.get(key), dict) else found
-        tensors = {k: v for k, v in found.items() if torch.is_tensor(v) and not v.is_complex()}
-        weights = {PREFIXES.sub("", str(k)): v for k, v in tensors.items()}
-        if len(weights) < len(tensors):
-            raise InputError(f"{file} holds several networks whose names differ by a prefix: save one of them alone")
-        if not {"pos_embed", "patch_embed.proj.weight"} <= weights.keys():
-            what = f"no pos_embed and patch_embed.proj.weight; its keys: {', '.join(map(str, keys[:8]))}"
-            raise InputError(f"{file} holds no ViT ({what}): {SAVE}")
-        if "dim" not in config:  # not ours: read the shape off the weights
-            dim, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
-            side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
-            depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
-            norm = "norm.weight" in weights
-            heads = heads or next((s["heads"] for s in SIZES.values() if s["dim"] == dim), dim // 64)
-            config |= dict(img_size=[side, side], patch=patch, in_chans=in_chans, dim=dim, depth=depth, heads=heads)
-            config |= dict(pos="learned", norm=norm, feature="cls" if norm else "mean")
         sizes = [*config["img_size"], *(config[k] for k in ("patch", "in_chans", "dim", "depth", "heads"))]
         if not all(type(s) is int and s > 0 for s in sizes) or config["feature"] not in ("cls", "mean", "both"):
             raise ValueError(f"its config is {config}")
         vit = backbone(
             **{k: config[k] for k in ("img_size", "patch", "in_chans", "dim", "depth", "heads", "pos", "norm")}
         )
-        own, unused = vit.state_dict(), sorted(weights.keys() - vit.state_dict().keys())
-        wrong = [k for k, v in own.items() if k not in weights or v.shape != weights[k].shape]
-        wrong += [k for k in unused if OTHERS.search(k)]
+        wrong = [k for k, v in vit.state_dict().items() if k not in weights or v.shape != weights[k].shape]
         if wrong:
-            why = f"{len(wrong)} tensors are missing, of another shape or of another network: {wrong[:4]}"
-            raise InputError(f"{file}: {why}")
-        vit.load_state_dict({k: weights[k] for k in own})
-    if not quiet:
-        unused = ", ".join(unused)[:200] or "nothing"
-        print(f"{file}: all {len(own)} tensors of the ViT found; not used: {unused}", file=sys.stderr)
-        if "method" not in config:
-            print(f"  {config['heads']} attention heads assumed (--heads in evaluations)", file=sys.stderr)
-    return vit.eval(), config
+            raise InputError(f"{file}: {len(wrong)} tensors are missing or of another shape: {wrong[:4]}")
+        vit.load_state_dict({k: weights[k] for k in vit.state_dict()})
+    return vit.eval()
 
 
 def start_from(file, vit, net):
     """--init: an encoder's weights into `vit`, positions interpolated; its mean and std into `net`; a new teacher."""
-    encoder, found = load_encoder(file, quiet=processes()[0] > 0, backbone=type(vit))
+    encoder, found = load_encoder(file, type(vit))
     for k in ("patch", "in_chans", "dim", "depth", "heads", "norm"):
         if found[k] != vit.config[k]:
             raise InputError(f"--init {file} has another shape: {k} {found[k]}, not {vit.config[k]}")
@@ -1059,7 +1029,7 @@ COMMON = dict(  # options of every training script
     device=DEVICE,
     precision=PRECISION,
     seed=(0, "of weights, order, views and masks"),
-    init=(None, "start from the encoder in this checkpoint, ours or the authors'", dict(metavar="FILE")),
+    init=(None, "start from the encoder in this checkpoint (others': tools/convert.py)", dict(metavar="FILE")),
     compile=(False, "use torch.compile: faster on a GPU, after a minute"),
 )
 

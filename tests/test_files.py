@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import convert
 import numpy as np
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_safetensors_and_the_weights_in_the_repository(tmp_path):
         x = torch.from_numpy(z["x"])
         assert {f.stem for f in (ROOT / "weights").glob("*-nano4-*.pt")} == set(z.files) - {"x"}
         for name in set(z.files) - {"x"}:
-            net, config = vit.load_encoder(ROOT / f"weights/{name}.pt", quiet=True)
+            net, config = vit.load_encoder(ROOT / f"weights/{name}.pt")
             save_file({k: v.clone() for k, v in net.state_dict().items()}, "x.safetensors")
             net.load_state_dict(load_file("x.safetensors"))
             with torch.no_grad():
@@ -428,9 +429,13 @@ def wrapped(how):
 @pytest.mark.parametrize("how", ["timm", "ddp", "compiled", "nested", "dino", "mae", "siameseim"])
 def test_encoders_of_all_kinds_are_read(how, capsys):
     torch.save(wrapped(how), "x.pth")
-    net, config = vit.load_encoder("x.pth")
+    net, config = convert.read_encoder("x.pth")
     err = capsys.readouterr().err
     total = len(net.state_dict())
+    with pytest.raises(vit.InputError, match="no checkpoint of ours: python tools/convert.py x.pth makes one"):
+        vit.load_encoder("x.pth")
+    ours = vit.load_encoder(convert.main(["x.pth"]))
+    assert ours[1] == config and torch.equal(ours[0].cls_token, net.cls_token)
     assert f"all {total} tensors of the ViT found" in err and config["heads"] == 3 and config["patch"] == 8
     assert ("not used: head.mlp.0.weight" in err) == (how == "dino") and "3 attention heads assumed" in err
     assert config["feature"] == ("mean" if how == "siameseim" else "cls")  # as its authors evaluate
@@ -444,13 +449,13 @@ def test_encoders_of_all_kinds_are_read(how, capsys):
 def test_a_foreign_vit_h_has_sixteen_heads():
     shape = vit.SIZES["huge"] | dict(depth=1)
     torch.save(vit.ViT(28, 14, **shape).state_dict(), "h.pth")
-    assert vit.load_encoder("h.pth")[1]["heads"] == shape["heads"] == 16
-    assert vit.load_encoder("h.pth", heads=8)[1]["heads"] == 8  # MoCo v3's ViT-S has 12, not 6: nothing in it tells
+    assert convert.read_encoder("h.pth")[1]["heads"] == shape["heads"] == 16
+    assert convert.read_encoder("h.pth", heads=8)[1]["heads"] == 8  # MoCo v3's ViT-S has 12, not 6: nothing in it tells
     config = dict(small().config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls")
     torch.save(dict(encoder=small().state_dict(), config=config), "ours.pt")
-    assert vit.load_encoder("ours.pt", heads=8)[1]["heads"] == 3  # ours do tell
+    assert convert.read_encoder("ours.pt", heads=8)[1]["heads"] == 3  # ours do tell
     with pytest.raises(vit.InputError, match="a width of 1280 cannot be divided among 7 attention heads"):
-        vit.load_encoder("h.pth", heads=7)
+        convert.read_encoder("h.pth", heads=7)
 
 
 OTHERS = ("blocks.0.ls1.gamma", "blocks.0.gamma_1", "fc_norm.weight", "reg_token", "register_tokens", "norm_pre.weight")
@@ -460,8 +465,8 @@ OTHERS += ("rel_pos_bias.relative_position_bias_table", "blocks.0.attn.relative_
 @pytest.mark.parametrize("extra", OTHERS)
 def test_a_network_that_would_be_computed_wrongly_is_refused(extra):
     torch.save(small().state_dict() | {extra: torch.ones(192)}, "x.pth")
-    with pytest.raises(vit.InputError, match=f"1 tensors are missing, of another shape or of another .*{extra}"):
-        vit.load_encoder("x.pth")
+    with pytest.raises(vit.InputError, match=f"1 tensors are of a network that is not this ViT: .*{extra}"):
+        convert.read_encoder("x.pth")
 
 
 def test_a_missing_tensor_is_refused():
@@ -469,11 +474,11 @@ def test_a_missing_tensor_is_refused():
     del weights["blocks.1.mlp.fc1.weight"]
     weights["norm.bias"] = torch.zeros(7)
     torch.save(weights, "x.pth")
-    with pytest.raises(vit.InputError, match="2 tensors are missing, of another shape .*fc1"):
-        vit.load_encoder("x.pth")
+    with pytest.raises(vit.InputError, match="2 tensors are missing or of another shape: .*fc1"):
+        convert.read_encoder("x.pth")
     torch.save({"head.weight": torch.zeros(3)}, "y.pth")
     with pytest.raises(vit.InputError, match="holds no ViT"):
-        vit.load_encoder("y.pth")
+        convert.read_encoder("y.pth")
 
 
 def test_of_pcae_s_files_the_model_is_taken_and_of_dino_s_the_teacher():
@@ -482,9 +487,9 @@ def test_of_pcae_s_files_the_model_is_taken_and_of_dino_s_the_teacher():
     torch.save(dict(student=model, teacher=teacher), "dino.pth")
     torch.save({f"{k}.{n}": v for k, d in (("teacher", teacher), ("vit", model)) for n, v in d.items()}, "both.pth")
     with pytest.raises(vit.InputError, match="both.pth holds several networks whose names differ by a prefix"):
-        vit.load_encoder("both.pth")
+        convert.read_encoder("both.pth")
     for file, expected in (("pcae.pth", model), ("dino.pth", teacher)):
-        assert torch.equal(vit.load_encoder(file)[0].cls_token, expected["cls_token"])
+        assert torch.equal(convert.read_encoder(file)[0].cls_token, expected["cls_token"])
 
 
 @pytest.mark.parametrize("key", ["net", "model_ema", "model_state_dict", "model"])
@@ -493,13 +498,13 @@ def test_weights_beside_numbers_arrays_and_paths(key):
         best=np.float64(71.2), count=np.int32(3), history=np.arange(3.0), where=argparse.Namespace(out=Path("x"))
     )
     torch.save({key: small().state_dict(), "epoch": 1, **beside}, "x.pth")
-    assert torch.equal(vit.load_encoder("x.pth", quiet=True)[0].cls_token, small().cls_token)
+    assert torch.equal(convert.read_encoder("x.pth")[0].cls_token, small().cls_token)
 
 
 def test_a_checkpoint_without_a_vit_says_what_it_holds():
     torch.save(dict(my_weights=dict(small().state_dict()), epoch=3), "x.pth")
-    with pytest.raises(vit.InputError, match="its keys: my_weights, epoch.*save its weights alone, torch.save"):
-        vit.load_encoder("x.pth")
+    with pytest.raises(vit.InputError, match="its keys: my_weights, epoch.*Save its weights alone, torch.save"):
+        convert.read_encoder("x.pth")
 
 
 class Bomb:
@@ -517,7 +522,7 @@ def test_a_checkpoint_never_runs_code_and_may_be_a_few_bytes(content):
     else:
         Path("x.pt").write_bytes(content)
     with pytest.raises(vit.InputError, match="x.pt is not a readable checkpoint"):
-        vit.load_encoder("x.pt")
+        convert.read_encoder("x.pt")
     assert not Path("pwned").exists()
 
 
@@ -556,7 +561,7 @@ def test_damaged_bytes(kind, edits, cut):
         elif kind < 4:
             load(str(file))
         else:
-            vit.load_encoder(str(file))
+            convert.read_encoder(str(file))
     except vit.InputError:
         pass
     finally:
@@ -605,7 +610,7 @@ def test_odd_checkpoints(config, changes, removed, wrapped):
     weights = {k: v for k, v in (net.state_dict() | changes).items() if k not in removed}
     torch.save(dict(encoder=weights, config=net.config | config) if wrapped else weights, "odd.pt")
     try:
-        found, config = vit.load_encoder("odd.pt")
+        found, config = convert.read_encoder("odd.pt")
     except vit.InputError:
         return
     assert found(torch.zeros(1, config["in_chans"], *config["img_size"])).shape[-1] == config["dim"]

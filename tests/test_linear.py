@@ -215,7 +215,7 @@ def test_dropping_tokens_costs_less(run):
     """A quarter of ViT-Ti's tokens less is measurable even here; the count of MACs is exact."""
     few = eval_linear.main([*run, "--finetune", "--epochs", "1", "--drop-ratio", "0.5", "--scratch"])["results"]
     all_of = eval_linear.main([*run, "--finetune", "--epochs", "1", "--scratch", "--out", "b"])["results"]
-    config = vit.load_encoder("run/last.pt", quiet=True)[1]
+    config = vit.load_encoder("run/last.pt")[1]
     assert few["gmacs"] == pytest.approx(eval_linear.macs(config, (16, 16), 0.5, 3) / 1e9, abs=1e-4)
     assert few["scratch"] and "speed" not in all_of and 0.2 < few["speed"] < 5
     net = eval_linear.Classifier(vit.ViT(32, 2, dim=192, depth=4, heads=3), 3, "cls").eval()

@@ -23,7 +23,12 @@ NOT_HERE = ("--index-url", "cifar10", "imagenet", "pip install", "--help")  # do
 
 
 def copy_of_the_repository():
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "demo.npz", ROOT / "examples", ROOT / "weights"]:
+    for file in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("*.sh"),
+        ROOT / "demo.npz",
+        *(ROOT / f for f in ("examples", "weights", "tools")),
+    ]:
         (shutil.copytree if file.is_dir() else shutil.copy)(file, file.name)
 
 

@@ -116,7 +116,7 @@ def nearly(a, b, name):
     seen = sorted(losses(a).keys() & losses(b).keys())
     assert len(seen) >= 3
     close(*(torch.tensor([losses(x)[s] for s in seen]) for x in (a, b)))
-    nets = [vit.load_encoder(f"{out}/last.pt", quiet=True)[0] for out in (a, b)]
+    nets = [vit.load_encoder(f"{out}/last.pt")[0] for out in (a, b)]
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         close(nets[0](x), nets[1](x))
@@ -351,6 +351,7 @@ WRONG = {
     "--size foo": "argument --size: invalid choice: 'foo'",
     "--device tpu": "--device tpu: not on this machine",
     "--init nowhere.pt": "no checkpoint at nowhere.pt",
+    "--init theirs.pt": "no checkpoint of ours: python tools/convert.py theirs.pt makes one",
     "--init text.pt": "text.pt is not a readable checkpoint",
     "--init code.pt": "it wants to run",
     "--init wide.pt": "another shape: dim 64, not 32",
@@ -363,7 +364,10 @@ WRONG = {
 @pytest.mark.parametrize("options", WRONG)
 def test_wrong_input(method, npz, capsys, options):
     Path("text.pt").write_text("not a checkpoint")
-    torch.save(vit.ViT(16, 4, dim=64, depth=2, heads=2).state_dict(), "wide.pt")
+    wide = vit.ViT(16, 4, dim=64, depth=2, heads=2)
+    torch.save(wide.state_dict(), "theirs.pt")
+    config = dict(wide.config, mean=[0.5] * 3, std=[0.2] * 3, feature="cls")
+    torch.save(dict(encoder=wide.state_dict(), config=config), "wide.pt")
     torch.save({"model": functools.partial(print, "hello")}, "code.pt")
     os.makedirs("pairs/images"), os.makedirs("pairs/masks")
     line = fails(MAIN[method], tiny(*options.split(), method=method), capsys)
@@ -442,7 +446,7 @@ def test_other_channels(method, channels):
     x = np.random.default_rng(0).integers(0, 256, (40, 16, 16, channels), dtype=np.uint8)
     np.savez("bands.npz", images=x)
     MAIN[method](tiny("--steps", 2, data="bands.npz", method=method))
-    net, config = vit.load_encoder("run/last.pt", quiet=True)
+    net, config = vit.load_encoder("run/last.pt")
     assert net(torch.randn(1, channels, 16, 8)).shape == (1, 9, 32) and len(config["mean"]) == channels
 
 
