@@ -19,14 +19,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval_linear import EVALUATION, open_encoder, open_labelled, report
+from tools.convert import read_encoder
 
 # isort: off
 from vit import InputError, ViT  # 1 network
+from vit import open_images, resize_side  # 2 images
 from vit import mean_over_processes, processes  # 4 training step
 from vit import features, knn, pixels  # 5 evaluation
-from vit import COUNT, MANY, PRECISION, cli, launch, options  # 7 runs
+from vit import COUNT, DATA_HELP, DEVICE, MANY, PRECISION, cli, launch, options, to_json  # 7 runs
 
+EVALUATION = dict(  # the options of every evaluation
+    checkpoint=(None, "last.pt of a run, a file of weights/, the authors', timm's", dict(flag="checkpoint", nargs="?")),
+    data=(None, f"{DATA_HELP} (what the run was trained on)"),
+    img_size=(None, "input of the network, px (what the checkpoint says)", COUNT),
+    heads=(None, "attention heads, for files of others, which do not tell", COUNT),
+    batch=(256, "images at a time; in training, over all processes", COUNT),
+    workers=(2, "processes that decode images, where a set does not fit into memory"),
+    device=DEVICE,
+    precision=PRECISION,
+    seed=(0, "of weights, order, crops and of the choice of labels", dict(type=int)),
+    limit=(None, "use at most so many training images, and as many test images", COUNT),
+    json=(None, "also write the result, the last line, to this file", dict(metavar="FILE")),
+)
 OPTIONS = EVALUATION | dict(
     precision=("fp32", *PRECISION[1:]),
     k=((1, 5, 10, 20, 100, 200), "numbers of neighbours", COUNT | MANY),
@@ -34,6 +48,46 @@ OPTIONS = EVALUATION | dict(
     baselines=(True, "also measure raw pixels and the untrained network"),
     dump=(None, "write train_cls, train_mean, train_labels, test_..., classes to this .npz", dict(metavar="FILE")),
 )
+
+
+def open_encoder(args):
+    """The encoder in args.checkpoint and its config, with --img-size."""
+    if not args.checkpoint:
+        raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
+    vit, config = read_encoder(args.checkpoint, args.heads)
+    if args.img_size:  # positions are interpolated once, and what is saved later has this size
+        config["img_size"] = vit.config["img_size"] = [args.img_size] * 2
+        grid = ViT.grid_of(config["img_size"], vit.patch)
+        vit.pos_embed.data, vit.grid = vit.positions(grid).data.clone(), grid
+    if len(set(config["img_size"])) > 1:
+        raise InputError(f"{args.checkpoint} takes {config['img_size']} px, but images are cut square: give --img-size")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise InputError(f"--json {args.json}: no such folder")
+    return vit, config
+
+
+def open_labelled(args, config, whole=False):
+    """Labelled training and test images of the size that the network needs; fills in args.data. whole: open_images."""
+    args.data = args.data or config.get("data", "demo.npz")
+    sets = open_images(args.data, whole=whole)
+    if any(s is None or s.labels is None for s in sets):
+        needs = "two class folders, or labels in the .npz, and images enough to hold some out for testing"
+        raise InputError(f"--data {args.data} cannot be tested on: this needs {needs}")
+    if sets[0].channels != config["in_chans"]:
+        raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, {args.data} has {sets[0].channels}")
+    side, quiet = resize_side(config["img_size"]), processes()[0] > 0
+    return [s.subset(args.limit or len(s)).at(side, quiet) for s in sets]
+
+
+def report(task, args, config, results):
+    """Prints the last line: one JSON object with the same keys for every evaluation; also to --json FILE."""
+    result = dict(task=task, checkpoint=args.checkpoint, method=config.get("method"), data=args.data)
+    result |= dict(args=vars(args), results=results)
+    if processes()[0] == 0:
+        print(to_json(result), flush=True)
+        if args.json:
+            Path(args.json).write_text(to_json(result) + "\n")
+    return result
 
 
 @cli

@@ -79,7 +79,7 @@ decay() { case $data in *demo.npz) echo --layer-decay 1 ;; esac } # so few steps
 
 finetune() { # folder, where to write, options
     local run=$1 to=$2; shift 2
-    json "$to.json" "$python" "$here/eval_linear.py" "$run/last.pt" --finetune --epochs "$finetune" --out "$to" \
+    json "$to.json" "$python" "$here/evaluation/finetune.py" "$run/last.pt" --epochs "$finetune" --out "$to" \
         ${cpu:+--batch 64 --mixup 0 --drop-path 0 $(decay)} "$@"
 }
 
@@ -96,7 +96,7 @@ one() { # method, seed
     [ "$minutes" = 0 ] || epochs=$(cat "$out/$1.epochs")
     train "$1" "$run" ${epochs:+--epochs "$epochs"} --seed "$2"
     json "$run/knn.json" "$python" "$here/eval_knn.py" "$run/last.pt" --precision auto
-    json "$run/linear.json" "$python" "$here/eval_linear.py" "$run/last.pt"
+    json "$run/linear.json" "$python" "$here/evaluation/linear.py" "$run/last.pt"
     finetune "$run" "$run/finetune"
     table
 }
@@ -163,5 +163,5 @@ for m in $methods; do
 done
 several "${scratch[@]}"
 table
-json "$out/analysis.json" "$python" "$here/analyze.py" "${runs[@]}" --out "$out/analysis" --results "${results[@]}"
+json "$out/analysis.json" "$python" "$here/evaluation/analyze.py" "${runs[@]}" --out "$out/analysis" --results "${results[@]}"
 cat "$out/table.md"

@@ -440,7 +440,7 @@ def open_folder(root):
     """Files and class names of the training images in a folder, then, if it has labels, those of the test images."""
     folders = {d.name.lower(): d for d in sorted(root.iterdir()) if d.is_dir() and d.name[0] != "."}
     if {"images", "masks"} <= folders.keys():
-        raise InputError(f"{root} holds images/ and masks/, as eval_dense.py takes them: here give {root / 'images'}")
+        raise InputError(f"{root} holds images/ and masks/, which dense.py takes: here give {root / 'images'}")
     top = folders.get("train") or folders.get("training")
     files, names = by_class(top or root)
     if not files:

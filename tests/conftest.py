@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT), str(ROOT / "tools")]  # the scripts lie at the top, not in a package
+sys.path += [str(ROOT), str(ROOT / "evaluation"), str(ROOT / "tools")]  # scripts, not a package
 torch.set_num_threads(1)  # the nets are tiny: threads would only wait for each other
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # TEST_DEVICE=cuda runs the suite there
 

@@ -4,6 +4,8 @@ import json
 import math
 from types import SimpleNamespace
 
+import analyze
+import linear
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT, close, encoder, fails, tiny
 from PIL import Image
 
-import analyze
 import dino
-import eval_linear
 import mae_pcae
 import vit
 
@@ -149,8 +149,8 @@ def test_the_script(npz, capsys):
     dino.main(tiny("--steps", 2, out="d"))
     mae_pcae.main(tiny("--steps", 2, out="m", method="mae"))
     capsys.readouterr()
-    for out in ("d", "m"):  # the real lines of eval_linear.py, with other numbers
-        row = eval_linear.main([f"{out}/last.pt", "--device", "cpu", "--epochs", "1"])
+    for out in ("d", "m"):  # the real lines of linear.py, with other numbers
+        row = linear.main([f"{out}/last.pt", "--device", "cpu", "--epochs", "1"])
         row["results"] |= dict(linear=dict(d=80.0, m=50.0)[out], test=100)
         vit.Path(dict(d="a", m="b")[out] + ".json").write_text("text\n" + json.dumps(row) + "\n")
     files = ["--results", "a.json", "b.json"]

@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
+import analyze
+import dense
 import numpy as np
 import pytest
 import torch
 from conftest import encoder, fails, tiny
 from PIL import Image
 
-import analyze
 import dino
-import eval_dense
 
 
 def test_mean_iou_of_known_masks():
@@ -19,16 +19,16 @@ def test_mean_iou_of_known_masks():
     third = torch.tensor([[0, 0, 1, 1], [2, 0, 1, 1]])
     found = torch.stack([wanted.where(wanted != 255, 0), torch.zeros(2, 4).long(), third])
     c = torch.arange(3).view(1, -1, 1, 1)
-    both, either = eval_dense.overlaps(found[:, None] == c, wanted == c, wanted != 255)
+    both, either = dense.overlaps(found[:, None] == c, wanted == c, wanted != 255)
     # what is left out counts for nothing; a class that is in neither mask is left out of the mean
-    assert eval_dense.mean_iou(both, either).tolist() == pytest.approx([1, (4 / 7 + 0) / 2, (3 / 4 + 1 + 0) / 3])
+    assert dense.mean_iou(both, either).tolist() == pytest.approx([1, (4 / 7 + 0) / 2, (3 / 4 + 1 + 0) / 3])
     sums = both.sum(0), either.sum(0)  # over all images: intersections 4 + 4 + 3 of class 0, unions 4 + 7 + 4, ...
-    assert eval_dense.mean_iou(*sums).item() == pytest.approx((11 / 15 + 6 / 9 + 0) / 3)
+    assert dense.mean_iou(*sums).item() == pytest.approx((11 / 15 + 6 / 9 + 0) / 3)
 
 
 def test_the_commonest_class_of_a_patch():
     masks = torch.tensor([[[0, 1, 2, 2], [1, 1, 255, 0], [255, 255, 0, 0], [255, 255, 0, 1]]])
-    assert eval_dense.patch_labels(masks, (2, 2), 3).tolist() == [[1, 2, 255, 0]]
+    assert dense.patch_labels(masks, (2, 2), 3).tolist() == [[1, 2, 255, 0]]
 
 
 def test_attention_that_is_the_mask_scores_one():
@@ -44,14 +44,14 @@ def test_attention_that_is_the_mask_scores_one():
     masks[1:, 4:12, 8:] = 1  # the first has no foreground and is left out
     imgs = (255 * masks[:, None]).byte().expand(-1, 3, -1, -1)
     config = dict(img_size=[16, 16], mean=[0.5] * 3, std=[0.5] * 3)
-    assert eval_dense.from_attention(Seer(), imgs, masks, config, 0.99, torch.device("cpu")).tolist() == [1, 1, 1]
+    assert dense.from_attention(Seer(), imgs, masks, config, 0.99, torch.device("cpu")).tolist() == [1, 1, 1]
 
 
 def test_the_demo_masks_are_read_out(tmp_path, capsys):
     """Shapes are yellow on blue: a linear layer on any patch token finds them, up to the size of a patch."""
     dino.main(tiny("--steps", 1, "--img-size", 32, data="demo.npz", batch=64, out="d"))
     capsys.readouterr()
-    result = eval_dense.main(["d/last.pt", "--limit", "200", "--device", "cpu"])
+    result = dense.main(["d/last.pt", "--limit", "200", "--device", "cpu"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result and result["method"] == "dino"
     result = result["results"]
     assert result["jaccard_images"] == 400 and result["miou"] > 60  # attention of both splits: nothing is trained
@@ -77,12 +77,12 @@ def test_folders_of_pairs(capsys):
         img = (mask[..., None] * 60 + rng.integers(0, 60, (20, 30, 3))).clip(0, 255)
         save("voc", i, images=img.astype(np.uint8), masks=mask)
     Path("voc/images/3.png").write_bytes(b"broken")
-    result = eval_dense.main(["x.pt", "--data", "voc", "--device", "cpu"])["results"]
+    result = dense.main(["x.pt", "--data", "voc", "--device", "cpu"])["results"]
     assert result["classes"] == 3 and result["train"] + result["test"] == 11
     assert "skipped" in capsys.readouterr().err
-    official = eval_dense.main(["x.pt", "--train", "voc", "--test", "voc", "--device", "cpu"])["results"]
+    official = dense.main(["x.pt", "--train", "voc", "--test", "voc", "--device", "cpu"])["results"]
     assert official["train"] == official["test"] == 11 and official["jaccard_images"] == 11
-    mask = eval_dense.read_mask("voc/masks/0.png", 10)
+    mask = dense.read_mask("voc/masks/0.png", 10)
     assert mask.shape == (10, 15) and set(mask.unique().tolist()) == {0, 1, 255}
 
 
@@ -93,7 +93,7 @@ def test_masks_are_found_by_folder_and_name_and_must_have_the_image_s_shape(caps
         for frame in range(2):
             mask = flat(i, (8, 16)) if (i, frame) == (2, 1) else flat(i)  # one is turned
             save("davis", f"{sequence}/0000{frame}", images=flat(50 * i), masks=mask)
-    images, masks = eval_dense.load_pairs("davis", 8, 100)
+    images, masks = dense.load_pairs("davis", 8, 100)
     found = {(int(x.max()), int(m.max())) for x, m in zip(images, masks, strict=True)}
     assert found == {(0, 0), (50, 1), (100, 2)} and len(masks) == 5
     assert "turned?" in capsys.readouterr().err
@@ -106,10 +106,10 @@ def test_values_of_masks_are_classes_whatever_they_are():
         mask[4:12, 4:12] = (128, 26000)[i % 2]
         img = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         save("odd", i, images=img, masks=mask)
-    assert eval_dense.main(["x.pt", "--data", "odd", "--device", "cpu"])["results"]["classes"] == 3
+    assert dense.main(["x.pt", "--data", "odd", "--device", "cpu"])["results"]["classes"] == 3
 
 
-@pytest.mark.parametrize("main", [eval_dense.main, analyze.main])
+@pytest.mark.parametrize("main", [dense.main, analyze.main])
 def test_several_processes_are_refused(main, capsys, monkeypatch):
     """They would all do the same work and write the same files."""
     for name, value in dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500").items():

@@ -100,7 +100,7 @@ def test_pictures_on_a_gpu(method, mode, monkeypatch):
     net, args = network(method=method)
     seen = []
     for module in (dino, mae_pcae, siameseim):
-        monkeypatch.setattr(module, "save_grid", lambda columns, file: seen.extend(columns.values()))
+        monkeypatch.setattr(module, "save_grid", lambda columns, *_: seen.extend(columns.values()))
     monkeypatch.setattr(siameseim, "draw_bounding_boxes", lambda img, *_, **__: img)
     draws = siameseim.sample_step(args, 0, 16).items() if method == "siameseim" else ()
     draws = {k: mode.from_tensor(v) for k, v in draws}

@@ -59,10 +59,10 @@ def test_kill_9_at_random_moments(method, in_memory, folder, monkeypatch):
 
 def test_kill_9_while_fine_tuning(npz):
     start("dino.py", *tiny("--steps", 1))
-    options = ["run/last.pt", "--finetune", "--epochs", 300 * KILLS, "--batch", 16, "--device", "cpu", "--out"]
-    kill_at_random_moments("fine-tuning", command("eval_linear.py", *options, "killed", quick=True))
+    options = ["run/last.pt", "--epochs", 300 * KILLS, "--batch", 16, "--device", "cpu", "--out"]
+    kill_at_random_moments("fine-tuning", command("evaluation/finetune.py", *options, "killed", quick=True))
     for out in ("killed", "straight"):
-        done = start("eval_linear.py", *options, out, timeout=9000)
+        done = start("evaluation/finetune.py", *options, out, timeout=9000)
         assert done.returncode == 0, done.stderr[-2000:]
     assert same(checkpoint("straight"), checkpoint("killed")) == []
 

@@ -297,7 +297,7 @@ def test_what_is_left_out_is_counted_and_named(capsys):
 
 def test_masks_and_images_are_refused_and_a_link_to_the_folder_itself_counts_once():
     folders("pairs/images", "pairs/masks")
-    with pytest.raises(vit.InputError, match="holds images/ and masks/, as eval_dense.py takes them"):
+    with pytest.raises(vit.InputError, match="holds images/ and masks/, which dense.py takes"):
         load("pairs")
     folders("d/a", "d/b")
     os.symlink(".", "d/self")

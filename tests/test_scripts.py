@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
 import embed
 import numpy as np
 import pytest
@@ -20,11 +21,11 @@ import torch
 from conftest import MAIN, ROOT, dino_fast, encoder, environment, fails, tiny
 from PIL import Image
 
-import bench
 import dino
 import vit
 
-FILES = sorted(ROOT.glob("*.py"))
+TOOLS = [ROOT / f"tools/{name}.py" for name in ("bench", "convert", "draw", "embed")]
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py"), *TOOLS])
 METHODS = [ROOT / f for f in ("dino.py", "mae_pcae.py", "siameseim.py")]
 
 
@@ -90,8 +91,8 @@ def understood(command, npz):
     if "--help" in words:
         return
     argv = [npz if w in ("photos/", "imagenet/") else w for w in words[words.index(script) + 1 :]]
-    module = importlib.import_module(script[:-3])
-    if script == "bench.py":
+    module = importlib.import_module(Path(script).stem)
+    if script.endswith("bench.py"):
         rows = argv[1 : next((i for i, w in enumerate(argv) if w.startswith("--") and i), None)] or ["dino"]
         for row in rows:
             module.run_args(row, [w for w in argv if w not in rows and w != "--rows"])
@@ -99,11 +100,11 @@ def understood(command, npz):
         vit.options("", module.OPTIONS, argv)
 
 
-@pytest.mark.parametrize("file", ["README.md", *(f.name for f in FILES)])
+@pytest.mark.parametrize("file", ["README.md", *(str(f.relative_to(ROOT)) for f in FILES)])
 def test_commands_in_docstrings_and_the_readme_are_understood(file, npz):
     text = (ROOT / file).read_text()
     text = text if file == "README.md" else ast.get_docstring(ast.parse(text))
-    found = [line.split("  #")[0] for line in re.findall(r"^ *((?:python|torchrun \S+) \w+\.py.*)", text, re.M)]
+    found = [line.split("  #")[0] for line in re.findall(r"^ *((?:python|torchrun \S+) [\w/]+\.py.*)", text, re.M)]
     assert len(found) >= {"README.md": 3, "vit.py": 0, "hubconf.py": 0}.get(file, 1)
     for command in found:
         understood(command, npz)
@@ -186,7 +187,8 @@ def test_help_needs_no_network_and_no_data(file, capsys):
     assert stop.value.code == 0 and "options:" in capsys.readouterr().out
 
 
-TABLES = [importlib.import_module(f.stem).OPTIONS for f in FILES if f.stem not in ("vit", "bench", "draw", "hubconf")]
+OTHERS = {*TOOLS, ROOT / "vit.py", ROOT / "hubconf.py"}
+TABLES = [importlib.import_module(f.stem).OPTIONS for f in FILES if f not in OTHERS]
 OWN_MEANING = {"out", "drop_path", "momentum", "clip", "weight_decay", "crop_scale", "mask_ratio", "epochs", "batch"}
 OWN_MEANING |= {"checkpoint", "data", "train", "lr", "limit", "seed", "img_size", "decoder_dim", "decoder_heads"}
 OWN_MEANING |= {"precision", "labels", "test", "results"}
@@ -205,7 +207,7 @@ def test_options_of_one_name_have_one_meaning():
 WRONG = {  # a script or method with its options, and words of the one line that it answers
     "eval_knn x.pt --data bare.npz": "bare.npz cannot be tested on: this needs two class folders",
     "eval_knn wide.pt": "takes [16, 8] px, but images are cut square",
-    "eval_dense x.pt --data foreground": "store the foreground as 1",
+    "dense x.pt --data foreground": "store the foreground as 1",
     "dino --img-size 16 8": "unrecognized arguments: 8",
     "dino --teacher-temp 0.02 0.04 0.07": "give one temperature, or the first and the last",
     "dino --ablate no-momentum --momentum 0.5": "--ablate no-momentum sets --momentum 0.0: leave",
@@ -214,23 +216,21 @@ WRONG = {  # a script or method with its options, and words of the one line that
     "eval_knn x.pt --dump nowhere/f.npz": "no such folder",
     "eval_knn x.pt --img-size 15": "not a multiple of the patch size, 4",
     "eval_knn x.pt --data bands.npz": "takes 3 channels, bands.npz has 2",
-    "eval_linear x.pt --scratch": "for --finetune only",
-    "eval_linear x.pt --labels 0": "--labels must be above 0",
-    "eval_linear x.pt --lr 9": "--lr: for --finetune only",
-    "eval_linear x.pt --finetune --layers 2 --augment": "--layers, --augment: for the probe only",
-    "eval_linear x.pt --finetune --drop-path 1": "--drop-path and --smoothing below 1",
-    "eval_linear x.pt --finetune --seed -1": "--seed and --mixup must be 0 or more",
-    "eval_linear x.pt --finetune --batch 1": "--batch 1 of 64 training images is too few",
-    "eval_linear x.pt --finetune --batch 16 --lr 1e5 --epochs 3": "lower --lr",
-    "eval_linear x.pt --batch 1": "BatchNorm needs two in a batch",
-    "eval_linear x.pt --rates -1": "--rates must be above 0",
-    "eval_linear x.pt --augment --crop-scale 5 9": "--crop-scale two shares of the image",
-    "eval_linear x.pt --layers 9": "this encoder has 2 blocks",
-    "eval_linear x.pt --data nowhere": "no such .npz file or folder",
-    "eval_dense x.pt --data tiny.npz": "no folder with images/ and masks/",
-    "eval_dense x.pt --data empty": "has a mask of the same folder and name",
-    "eval_dense x.pt --train voc": "--train and --test: give both",
-    "eval_dense x.pt --limit 0": "--limit must be 2 or more",
+    "linear x.pt --labels 0": "--labels must be above 0",
+    "finetune x.pt --drop-path 1": "--drop-path and --smoothing below 1",
+    "finetune x.pt --seed -1": "--seed and --mixup must be 0 or more",
+    "finetune x.pt --batch 1": "--batch 1 of 64 training images is too few",
+    "finetune x.pt --batch 16 --lr 1e5 --epochs 3": "lower --lr",
+    "linear x.pt --batch 1": "BatchNorm needs two in a batch",
+    "linear x.pt --rates -1": "--rates must be above 0",
+    "linear x.pt --crop-scale 0.5 0.9": "--crop-scale: for --augment only",
+    "linear x.pt --augment --crop-scale 5 9": "--crop-scale two shares of the image",
+    "linear x.pt --layers 9": "this encoder has 2 blocks",
+    "linear x.pt --data nowhere": "no such .npz file or folder",
+    "dense x.pt --data tiny.npz": "no folder with images/ and masks/",
+    "dense x.pt --data empty": "has a mask of the same folder and name",
+    "dense x.pt --train voc": "--train and --test: give both",
+    "dense x.pt --limit 0": "--limit must be 2 or more",
     "analyze x.pt --data x": "no such",
     "draw x.pt text.jpg": "text.jpg is not a readable image",
     "draw nowhere.pt x.jpg": "no checkpoint at nowhere.pt",
@@ -244,11 +244,11 @@ WRONG = {  # a script or method with its options, and words of the one line that
     "hybrid --ablate mse": "unrecognized arguments: --ablate",
 }
 WRONG |= {f"pcae --mask-ratio {ratio}": "leaves all or none of 16 patches" for ratio in (0, 0.99, 1)}
-for command in ("eval_dense x.pt --mass 7", "pcae --keep 2", "siameseim --mask-ratio -1", "hybrid --weight 2"):
+for command in ("dense x.pt --mass 7", "pcae --keep 2", "siameseim --mask-ratio -1", "hybrid --weight 2"):
     WRONG[command] = f"argument {command.split()[-2]}: must be between 0 and 1"
 for command in ("eval_knn x.pt --k 0", "analyze x.pt --limit 0", "analyze x.pt --batch 0"):
     WRONG[command] = f"argument {command.split()[-2]}: must be 1 or more"
-for name in ("eval_knn", "eval_linear", "eval_dense", "analyze"):
+for name in ("eval_knn", "linear", "finetune", "dense", "analyze"):
     WRONG[name] = "no checkpoint given; `python dino.py` makes one"
     WRONG[f"{name} nowhere.pt"] = "no checkpoint at nowhere.pt"
 

@@ -1,8 +1,8 @@
 """Does it know where things are? Segmentation from attention, and by a linear layer on patch tokens, against masks.
 
-    python eval_dense.py runs/dino-demo/last.pt                        # demo.npz has the masks of its shapes
-    python eval_dense.py weights/dino-nano4-cifar10.pt --data voc/     # voc/images/x.jpg with voc/masks/x.png
-    python eval_dense.py runs/dino-demo/last.pt --train voc/train --test voc/val    # official splits
+    python evaluation/dense.py runs/dino-demo/last.pt                        # demo.npz has the masks of its shapes
+    python evaluation/dense.py weights/dino-nano4-cifar10.pt --data voc/     # voc/images/x.jpg with voc/masks/x.png
+    python evaluation/dense.py runs/dino-demo/last.pt --train voc/train --test voc/val    # official splits
 
 Attention (DINO, arXiv 2104.14294, section 4.2.2 and Figure 4): in the last block, the patches that hold 60 % of a
 head's CLS attention are compared with the foreground (nothing is trained). Reported: Jaccard index of each image's best
@@ -28,7 +28,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eval_linear import EVALUATION, RATES, accuracies, open_encoder, report, train_heads
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from linear import RATES, accuracies, train_heads
+
+from eval_knn import EVALUATION, open_encoder, report
 
 # isort: off
 from vit import InputError, ViT  # 1 network
@@ -49,7 +52,7 @@ OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("batch", "worker
 
 def load_demo(side, count):
     """The demo set's images (n, C, S, S) and masks (n, S, S), of training and test."""
-    with np.load(Path(__file__).with_name("demo.npz")) as z:
+    with np.load(Path(__file__).resolve().parents[1] / "demo.npz") as z:
         for split, images in zip(("train", "test"), open_images(), strict=True):
             mask = torch.from_numpy(np.unpackbits(z[f"{split}_masks"], axis=1).reshape(-1, 1, 32, 32))
             mask = F.interpolate(mask.float(), size=(side, side), mode="nearest")[:, 0].long()

@@ -1,18 +1,20 @@
 """Pictures of your own image files from any checkpoint: where attention goes, and what a decoder reconstructs.
 
-    python draw.py runs/dino-demo/last.pt cat.jpg dog.png            # writes runs/dino-demo/attention-cat.png, ...
-    python draw.py runs/mae-demo/last.pt cat.jpg --out pictures      # and reconstruction-cat.png: it has a decoder
-    python draw.py dino_deitsmall16_pretrain.pth cat.jpg             # the authors' weights
-    python draw.py weights/dino-cifar10.pt cat.jpg --img-size 480    # attention of the image at another size
+    python tools/draw.py runs/dino-demo/last.pt cat.jpg dog.png        # writes runs/dino-demo/attention-cat.png, ...
+    python tools/draw.py runs/mae-demo/last.pt cat.jpg --out pictures  # and reconstruction-cat.png: it has a decoder
+    python tools/draw.py dino_deitsmall16_pretrain.pth cat.jpg         # the authors' weights
+    python tools/draw.py weights/dino-cifar10.pt cat.jpg --img-size 480    # attention of the image at another size
 
 attention: for each head, where the CLS token attends in the last block, then the patches that hold 60 % of it.
 reconstruction: of MAE and the hybrid, what is visible, what the network makes of it, the image. Of PCAE, tokens: the
 image, what the student and the teacher see, and the tokens left after each stage.
 """
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dino
 import hybrid
 import mae_pcae

@@ -1,10 +1,10 @@
 """How fast is a training step, and how much memory does it take?
 
-    python bench.py                                       # DINO's step at 32 px, in the default precision and in fp32
-    python bench.py --rows mae pcae "pcae --mask-ratio 0.85" --size base --patch 16 --img-size 224 --batch 8
-    python bench.py --rows dino mae pcae siameseim hybrid --batch 1024 --compile     # on a GPU
+    python tools/bench.py                                 # DINO's step at 32 px, in the default precision and in fp32
+    python tools/bench.py --rows mae pcae "pcae --mask-ratio 0.85" --size base --patch 16 --img-size 224 --batch 8
+    python tools/bench.py --rows dino mae pcae siameseim hybrid --batch 1024 --compile     # on a GPU
 
-A row is a method (dino, mae, pcae, siameseim, hybrid) with options of its script. Options that bench.py does not have
+A row is a method (dino, mae, pcae, siameseim, hybrid) with options of its script. Options that this does not have
 go to every row; without them preset 32 and batch 64. tools/against.py times the authors' code beside ours.
 
 Each row runs in processes of its own, in turn (A B A B ...), so that a machine that slows down slows all alike; a row's
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import timeit
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -31,6 +32,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dino
 import hybrid
 import mae_pcae
@@ -56,6 +58,8 @@ def run_args(row, rest):
     table = script.OPTIONS | (mae_pcae.PCAE_OPTIONS if method == "pcae" else {})
     args = options(script.__doc__, table, ["--preset", "32", "--batch", "64", *rest, *own], method=method)
     settle(args, table, 32)
+    if method in ("dino", "hybrid"):
+        dino.check(args)
     return args
 
 

@@ -3,9 +3,9 @@
 Park et al., "What Do Self-Supervised Vision Transformers Learn?", ICLR 2023, arXiv 2305.00729: contrastive
 learning (CL) against masked image modelling (MIM).
 
-    python analyze.py runs/dino-demo/last.pt runs/mae-demo/last.pt --out runs/analysis
-    python analyze.py weights/*.pt --data cifar10 --out runs/analysis
-    python analyze.py moco.pth=cl mae.pth=mim --data imagenette/ --quick
+    python evaluation/analyze.py runs/dino-demo/last.pt runs/mae-demo/last.pt --out runs/analysis
+    python evaluation/analyze.py weights/*.pt --data cifar10 --out runs/analysis
+    python evaluation/analyze.py moco.pth=cl mae.pth=mim --data imagenette/ --quick
 
 Writes analysis.json, analysis.png (curves over depth) and queries.png (attention maps) into --out and prints a table
 and the verdicts. An untrained network of the first checkpoint's shape is measured beside the others. A checkpoint of
@@ -20,12 +20,13 @@ function. What is measured image by image does not depend on --batch or on the o
 
 A verdict compares means: `holds` or `fails` where the margin is more than two standard errors, else `undecided`. Errors
 are over images, and over seeds where there are several (few seeds: where nothing differs, two encoders on each side
-give a verdict in 18 % of cases, three in 12 %). Claims 8 and 10 read JSON of eval_linear.py, claim 9 of eval_dense.py
-(--results).
+give a verdict in 18 % of cases, three in 12 %). Claims 8 and 10 read JSON of linear.py and finetune.py, claim 9 of
+dense.py (--results).
 """
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from eval_linear import EVALUATION, accuracies, report, train_heads
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from linear import accuracies, train_heads
+
+from eval_knn import EVALUATION, report
 from tools.convert import read_encoder
 
 # isort: off
@@ -47,7 +51,11 @@ OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("checkpoint", "i
     data=(None, "demo.npz, any .npz, cifar10, cifar100, or a folder (what the first was trained on)"),
     out=("runs/analysis", "folder for analysis.json, analysis.png and queries.png"),
     cue_conflict=(None, "folder of <shape class>/<shape>-<texture>.png (demo.npz has both labels)"),
-    results=((), "last lines of eval_linear.py and eval_dense.py, as files", dict(nargs="*", type=str, metavar="FILE")),
+    results=(
+        (),
+        "last lines of linear.py, finetune.py and dense.py, as files",
+        dict(nargs="*", type=str, metavar="FILE"),
+    ),
     limit=(1000, "test images that are measured", COUNT),
     train_images=(5000, "training images of linear probes and k-NN", COUNT),
     quick=(False, "200 test and 500 training images, fewer noise bands"),
@@ -297,7 +305,7 @@ def verdicts(models, results, files):
         error = lambda m: math.sqrt(share(m) * (1 - share(m)) / m["test"])
         return [[(100 * share(m), 100 * error(m)) for m in g if "linear" in m] for g in groups]
 
-    def others(key, *kinds):  # from eval_linear.py and eval_dense.py
+    def others(key, *kinds):  # from linear.py, finetune.py and dense.py
         side = lambda r: SIDES.get(r["method"]) or files.get(r["checkpoint"]) or r["method"]
         rows = [r for r in results if key in r["results"] and side(r) in kinds]
         rows = [r for r in rows if not r["args"].get("scratch") and not r["args"].get("drop_ratio")]
@@ -448,7 +456,7 @@ def read_result(file):
     with reading(file, "result"):
         result = json.loads(Path(file).read_text().splitlines()[-1])
         if not {"method", "data", "args", "results"} <= result.keys():
-            raise InputError(f"--results {file}: its last line is not that of eval_linear.py or eval_dense.py")
+            raise InputError(f"--results {file}: its last line is not that of linear.py, finetune.py or dense.py")
         return result
 
 

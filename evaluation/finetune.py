@@ -1,0 +1,218 @@
+"""Fine-tuning: the whole network is trained with labels, with or without dropping tokens on the way.
+
+    python evaluation/finetune.py runs/dino-demo/last.pt --epochs 20
+    python evaluation/finetune.py runs/dino-demo/last.pt --epochs 20 --scratch      # the same from random weights
+    python evaluation/finetune.py runs/dino-demo/last.pt --drop-ratio 0.3           # PCAE's token dropping
+    python evaluation/linear.py runs/finetune-dino-demo/classifier.pt --data photos/  # what was trained, elsewhere
+    torchrun --nproc-per-node=2 evaluation/finetune.py runs/dino-demo/last.pt
+
+AdamW, learning rates that fall with depth (layer decay), crops, flips, mixup, label smoothing, drop path, trained
+positions (MAE, arXiv 2111.06377, appendix A.1). Mean tokens get a fresh LayerNorm (fc_norm) instead of the encoder's
+final one. The folder (runs/finetune-NAME) has last.pt, to resume from, classifier.pt, log.jsonl and curve.png.
+
+Token dropping (PCAE, ICLR 2023, Table 5): inside three blocks, evenly spaced (blocks 3, 6, 9 of 12, counted from 0),
+between attention and MLP, a share of the patch tokens is dropped: those most similar to their mean. CLS always stays,
+means are over what is left. The paper does not say where it drops; this schedule comes nearest to its MACs.
+
+Differs from the authors' code (MAE's): no RandAugment, random erasing and cutmix; crops of .35 to 1 of the image
+(theirs: .08 to 1); mixup draws a weight for each image and mixes neighbours in the batch; the linear layer starts from
+a standard deviation of .01 (theirs: 2e-5). --scratch is this recipe without layer decay, not theirs for training from
+scratch.
+"""
+
+import math
+import sys
+import time
+import timeit
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from linear import Classifier, accuracies, sample_crops, save_classifier, share_of_labels, stages_of
+
+from eval_knn import EVALUATION, open_encoder, open_labelled, report
+
+# isort: off
+from vit import InputError, ViT  # 1 network
+from vit import mean_and_std, prepare  # 2 images
+from vit import crop_resize  # 3 views
+from vit import autocast, cosine, mean_over_processes, my_rows, optimizer_step, processes  # 4 training step
+from vit import features  # 5 evaluation
+from vit import COUNT, SHARE, Run, cli, launch, options  # 7 runs
+
+OPTIONS = EVALUATION | dict(
+    out=(None, "folder for classifier.pt and the run (runs/finetune-NAME)"),
+    feature=(None, "what the linear layer sees (as the method's authors)", dict(choices=("cls", "mean", "both"))),
+    labels=(1.0, "share of the training images that is used, evenly by class", SHARE),
+    epochs=(100, "length of the training", COUNT),
+    crop_scale=((0.35, 1.0), "area of the crops, share of the image"),
+    scratch=(False, "from random weights; the checkpoint tells shape, data and feature"),
+    drop_ratio=(0.0, "share of the patch tokens dropped at each of 3 stages", SHARE),
+    lr=(1e-3, "learning rate for batch 256; scaled with the batch"),
+    layer_decay=(None, "each block's rate over the next one's (0.75; from scratch 1)", dict(type=float)),
+    drop_path=(0.1, "stochastic depth", SHARE),
+    mixup=(0.8, "alpha of the Beta distribution of weights; 0 turns mixup off"),
+    smoothing=(0.1, "of labels, the share spread over all classes", SHARE),
+    weight_decay=(0.05, "of weight matrices only"),
+)
+
+
+def sample_mixes(args, step, side):
+    """All random numbers of a step, for the whole batch: a crop, a flip, and mixup's weight, at least one half."""
+    weight = torch.ones(args.batch, dtype=torch.float64)
+    if args.mixup:
+        weight = torch.from_numpy(np.random.default_rng([args.seed, step]).beta(args.mixup, args.mixup, args.batch))
+    return sample_crops(args, step, side) | dict(weight=torch.maximum(weight, 1 - weight).float())
+
+
+def macs(config, img_size, ratio=0.0, classes=0):
+    """Multiply-accumulates for an image of img_size (h, w): patches, blocks with attention, head."""
+    n, d = math.prod(ViT.grid_of(img_size, config["patch"])), config["dim"]
+    total = n * d * config["patch"] ** 2 * config["in_chans"] + d * classes
+    for i in range(config["depth"]):
+        total += (1 + n) * 4 * d * d + 2 * (1 + n) ** 2 * d
+        if i in stages_of(config["depth"]):
+            n = max(1, int(n * (1 - ratio) + 1e-6))
+        total += (1 + n) * 8 * d * d
+    return total
+
+
+def layer_groups(net, decay, weight_decay):
+    """Optimiser groups: a layer's rate is `decay` times that of the next. Weight decay: of matrices only."""
+    depth, groups = len(net.vit.blocks), {}
+    for name, p in net.named_parameters():
+        block = int(name.split(".")[2]) + 1 if name.startswith("vit.blocks.") else 0
+        layer = block if name.startswith(("vit.blocks", "vit.patch", "vit.cls", "vit.pos")) else depth + 1
+        key = (decay ** (depth + 1 - layer), weight_decay if p.ndim in (2, 4) else 0.0)
+        groups.setdefault(key, []).append(p)
+    return [dict(params=p, factor=factor, weight_decay=wd) for (factor, wd), p in groups.items()]
+
+
+def mixed_loss(net, imgs, labels, weight, smoothing):
+    """Cross-entropy of weight · image + (1 - weight) · its neighbour, with both labels (Zhang et al., 1710.09412)."""
+    other = torch.arange(len(imgs), device=imgs.device) ^ 1
+    imgs = torch.lerp(imgs[other], imgs, weight.view(-1, 1, 1, 1))
+    logits = net(imgs).float()
+    loss = lambda y: F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="none")
+    return (weight * loss(labels) + (1 - weight) * loss(labels[other])).mean()
+
+
+def finetune_step(net, optimizer, scaler, imgs, labels, draws, lr, size, args):
+    """One optimiser step. Returns the loss, (), still on the device."""
+    x = (crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size) - net.mean) / net.std
+    with autocast(x.device, args.precision):
+        loss = mixed_loss(net, x, labels, draws["weight"], args.smoothing)
+    scaler.scale(loss).backward()
+    optimizer_step(optimizer, scaler, lr, None, clip=0)
+    return loss.detach()
+
+
+def finetune(args, vit, train, test, config, device):
+    """Accuracy after fine-tuning, percent, with the speed and the MACs of what was trained."""
+    rank, world = processes()
+    train = train.pick(share_of_labels(train.labels, args.labels, args.seed)) if args.labels < 1 else train
+    feature = config["feature"]
+    torch.manual_seed(args.seed)
+    vit = ViT(**vit.config) if args.scratch else vit
+    args.encoder = sum(p.detach().double().abs().sum().item() for p in vit.parameters())  # compared on resume
+    vit.pos_embed.requires_grad_(True)
+    for block, rate in zip(vit.blocks, torch.linspace(0, args.drop_path, len(vit.blocks)).tolist(), strict=True):
+        block.drop_path = rate
+    norm = "layer" if feature == "mean" else "none"
+    net = Classifier(vit, len(train.classes), feature, norm=norm, ratio=args.drop_ratio).to(device)
+    net.mean, net.std = mean_and_std(config, device)
+    optimizer = torch.optim.AdamW(layer_groups(net, args.layer_decay, args.weight_decay), lr=0.0, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    batch = min(args.batch, len(train)) // (2 * world) * 2 * world
+    if not batch:
+        few = f"--batch {args.batch} of {len(train)} training images"
+        raise InputError(f"{few} is too few for {world} process(es): a pair for each, for mixup")
+    if rank == 0 and batch < args.batch:
+        print(f"warning: --batch {batch}, not {args.batch}: pairs for mixup, as many in each process")
+    args.batch, args.method, args.steps = batch, "finetune", None
+    name = Path(args.checkpoint).parent.name if Path(args.checkpoint).stem == "last" else Path(args.checkpoint).stem
+    name += "-scratch" * args.scratch + f"-drop{args.drop_ratio}" * (args.drop_ratio > 0)
+    args.out = args.out or f"runs/finetune-{name}"
+    run = Run(args, net, vit, optimizer, scaler, train, None, __file__)
+    run.resume()
+    net.train()
+
+    labels, start, first = train.labels.to(device), time.perf_counter(), run.first
+    warmup = min(5, args.epochs / 10) * run.steps_per_epoch
+    for step, imgs in run.steps(train):
+        lr = cosine(step, run.total, args.lr * batch / 256, 1e-6, warmup)
+        draws = my_rows(sample_mixes(args, step, train.side), device)
+        y = labels[torch.as_tensor(run.index).to(device, non_blocking=True)]
+        loss = finetune_step(net, optimizer, scaler, imgs, y, draws, lr, config["img_size"][0], args)
+        if run.log_due(step):
+            value = mean_over_processes(loss).item()
+            run.log(step, loss=value, lr=lr)
+            if not value < 100 * math.log(len(train.classes)):
+                raise InputError(f"the loss is {value:.3g}: lower --lr")
+        if (step + 1) % run.steps_per_epoch == 0:
+            paused = time.perf_counter()
+            logits = features(net.eval(), test, config, device, args.precision, args.batch, args.workers)
+            net.train()
+            accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
+            run.write(step=step + 1, epoch=(step + 1) // run.steps_per_epoch, accuracy=accuracy)
+            run.since += time.perf_counter() - paused
+        if run.save_due(step):
+            run.save(step)
+            run.draw_curve("accuracy")
+    seconds = time.perf_counter() - start
+    if rank == 0:
+        save_classifier(run.out / "classifier.pt", net.eval(), config, train.classes)
+    run.bar.close()
+    gmacs = macs(vit.config, config["img_size"], args.drop_ratio, len(train.classes)) / 1e9
+    last = run.last("accuracy", "seconds") if rank == 0 else dict(accuracy=None, seconds=0)
+    result = dict(finetuned=last["accuracy"], scratch=args.scratch, drop_ratio=args.drop_ratio, gmacs=round(gmacs, 4))
+    result |= dict(feature=feature, norm=norm, train=len(train), test=len(test), minutes=round(last["seconds"] / 60, 2))
+    if run.stop > first:
+        result["training_images_per_s"] = round((run.stop - first) * batch / seconds, 1)
+    if args.drop_ratio:
+        some = test.subset(256)
+        imgs = torch.stack([some[i, 0.5] for i in range(len(some))]).to(device)
+        result["speed"] = speed(net.eval(), prepare(imgs, config), args.drop_ratio)
+    return result | dict(classifier=str(run.out / "classifier.pt"))
+
+
+@torch.no_grad()
+def speed(net, imgs, ratio, turns=9):
+    """Images per second with dropping over those without, measured in turns: the median ratio."""
+
+    def seconds(ratio):
+        net.ratio = ratio
+        return timeit.timeit(lambda: net(imgs).sum().item(), number=1)  # waits for the device
+
+    return round(float(np.median([seconds(0.0) / seconds(ratio) for _ in range(turns)])), 3)
+
+
+def check(args):
+    """Refuses options that make no sense."""
+    if args.labels == 0 or args.drop_ratio == 1 or args.drop_path == 1 or args.smoothing == 1:
+        raise InputError("--labels must be above 0; --drop-ratio, --drop-path and --smoothing below 1")
+    if args.seed < 0 or args.mixup < 0 or (args.layer_decay is not None and args.layer_decay <= 0):
+        raise InputError("--seed and --mixup must be 0 or more, --layer-decay above 0")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        raise InputError("--crop-scale must be two shares of the image, the smaller one first")
+    args.layer_decay, args.crop_scale = args.layer_decay or (1.0 if args.scratch else 0.75), list(args.crop_scale)
+
+
+@cli
+def main(argv=None):
+    args = options(__doc__, OPTIONS, argv)
+    check(args)
+    device = launch(args)
+    vit, config = open_encoder(args)
+    if "classes" in config:
+        raise InputError(f"{args.checkpoint} is a classifier: evaluation/linear.py applies it")
+    train, test = open_labelled(args, config)
+    config["feature"] = args.feature or config["feature"]
+    return report("finetune", args, config, finetune(args, vit, train, test, config, device))
+
+
+if __name__ == "__main__":
+    main()
