@@ -35,9 +35,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from linear import accuracies, train_heads
-
 from eval_knn import EVALUATION, report
+from linear import accuracies, train_heads
 from tools.convert import read_encoder
 
 # isort: off

@@ -29,9 +29,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from linear import RATES, accuracies, train_heads
-
 from eval_knn import EVALUATION, open_encoder, report
+from linear import RATES, accuracies, train_heads
 
 # isort: off
 from vit import InputError, ViT  # 1 network

@@ -31,9 +31,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from linear import Classifier, accuracies, sample_crops, save_classifier, share_of_labels, stages_of
-
 from eval_knn import EVALUATION, open_encoder, open_labelled, report
+from linear import Classifier, accuracies, sample_crops, save_classifier, share_of_labels, stages_of
 
 # isort: off
 from vit import InputError, ViT  # 1 network

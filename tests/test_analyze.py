@@ -4,18 +4,18 @@ import json
 import math
 from types import SimpleNamespace
 
-import analyze
-import linear
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, close, encoder, fails, tiny
 from PIL import Image
 
+import analyze
 import dino
+import linear
 import mae_pcae
 import vit
+from conftest import ROOT, close, encoder, fails, tiny
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-import analyze
-import dense
 import numpy as np
 import pytest
 import torch
-from conftest import encoder, fails, tiny
 from PIL import Image
 
+import analyze
+import dense
 import dino
+from conftest import encoder, fails, tiny
 
 
 def test_mean_iou_of_known_masks():

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODULE, NETWORK, network, step_once
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import analyze
@@ -15,6 +14,7 @@ import dino
 import mae_pcae
 import siameseim
 import vit
+from conftest import MODULE, NETWORK, network, step_once
 
 pytestmark = pytest.mark.fake
 everywhere = pytest.mark.parametrize("method", NETWORK)

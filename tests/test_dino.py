@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NETWORK, checkpoint, close, log, losses, network, step_once, tensors, tiny
 
 import dino
 import vit
+from conftest import NETWORK, checkpoint, close, log, losses, network, step_once, tensors, tiny
 
 
 def outputs(views=5, batch=3, k=16, seed=0):

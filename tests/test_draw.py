@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAIN, encoder, tiny
 from PIL import Image
 
 import draw
 import mae_pcae
 import vit
+from conftest import MAIN, encoder, tiny
 
 
 def picture(name="mine.jpg", size=(90, 50)):

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, checkpoint, command, environment, losses, same, spawn, start, tiny, training, wait_for
 
 import vit
+from conftest import SCRIPT, checkpoint, command, environment, losses, same, spawn, start, tiny, training, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.linux]
 

@@ -8,18 +8,18 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import convert
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Mine, close, pictures
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import convert
 import vit
+from conftest import ROOT, Mine, close, pictures
 
 
 def load(data, split="train", side=None, quiet=True, **options):

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import close
 
 import dino
 import mae_pcae
 import siameseim
 import vit
+from conftest import close
 
 GOLDEN = Path(__file__).with_name("golden")
 

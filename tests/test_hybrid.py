@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import close, log, network, step_once, tiny
 
 import dino
 import hybrid
 import vit
+from conftest import close, log, network, step_once, tiny
 
 
 def step(weight, method="hybrid", norms=False):

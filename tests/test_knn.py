@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
 
 import dino
 import eval_knn
 import vit
+from conftest import tiny
 
 
 def brute_force(train, labels, test, wanted, k, temperature=0.07):

@@ -3,18 +3,18 @@
 import json
 from pathlib import Path
 
-import finetune
-import linear
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, close, fails, log, pictures, same, start, tensors, tiny
 from torch import nn
 
 import dino
+import finetune
+import linear
 import mae_pcae
 import vit
+from conftest import checkpoint, close, fails, log, pictures, same, start, tensors, tiny
 
 
 def test_heads_side_by_side_equal_heads_alone():

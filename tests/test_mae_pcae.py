@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, network, tiny
 
 import mae_pcae
 import vit
+from conftest import close, network, tiny
 
 
 def net(method="mae", size=(16, 8), **options):

@@ -12,9 +12,9 @@ import nbclient
 import nbformat
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, environment
 
 import hubconf
+from conftest import ROOT, SCRIPT, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.linux]
 QUICK = "--size test --epochs 2 --steps 4 --batch 8 --warmup 0"  # what a training run's command gets besides

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from conftest import (
     DEVICE,
     MAIN,
@@ -33,12 +34,12 @@ from conftest import (
 )
 
 # isort: split
-from conftest import encoder, environment, pictures, same, spawn, start, tensors, tiny, wait_for
 from PIL import Image
 
 import dino
 import mae_pcae
 import vit
+from conftest import encoder, environment, pictures, same, spawn, start, tensors, tiny, wait_for
 
 everywhere = pytest.mark.parametrize("method", MAIN)
 EXACT = ["--precision", "fp32", "--drop-path", 0]

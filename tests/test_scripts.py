@@ -13,16 +13,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench
-import embed
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN, ROOT, dino_fast, encoder, environment, fails, tiny
 from PIL import Image
 
+import bench
 import dino
+import embed
 import vit
+from conftest import MAIN, ROOT, dino_fast, encoder, environment, fails, tiny
 
 TOOLS = [ROOT / f"tools/{name}.py" for name in ("bench", "convert", "draw", "embed")]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py"), *TOOLS])

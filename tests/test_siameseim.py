@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import close, log, network, step_once, tiny
 from torch import nn
 
 import siameseim
 import vit
+from conftest import close, log, network, step_once, tiny
 
 
 @pytest.mark.parametrize("blocks", [True, False])

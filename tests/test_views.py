@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torchvision.transforms.v2.functional as T
-from conftest import close
 from torchvision.transforms import InterpolationMode
 
 import dino
 import siameseim
 import vit
+from conftest import close
 
 
 def images(n=6, side=24, seed=0):

@@ -7,9 +7,9 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import close
 
 import vit
+from conftest import close
 
 
 def net(**options):

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
-from linear import Classifier  # noqa: E402
-
 from eval_knn import EVALUATION, open_encoder  # noqa: E402
+from linear import Classifier  # noqa: E402
 from vit import Images, InputError, cli, features, launch, list_images, options, resize_side  # noqa: E402
 
 OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("data", "limit", "json", "seed")} | dict(
