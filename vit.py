@@ -294,14 +294,15 @@ def square(img, offset=0.5):
     return img[..., y : y + s, x : x + s]
 
 
-def as_labels(labels, n, where):
-    """Labels as an array (n,) of whole numbers from 0, or of names. Raises InputError for all others."""
+def as_labels(labels, n, where, names=False):
+    """Labels as an array (n,) of whole numbers from 0, or with `names` of class names. InputError for all others."""
     labels = np.asarray(labels)
     flat, kind = labels[:, 0] if labels.shape == (n, 1) else labels, labels.dtype.kind
     negative = kind == "i" and bool((labels < 0).any())
-    if flat.shape != (n,) or kind not in "iuU" or negative:
+    if flat.shape != (n,) or kind not in ("iuU" if names else "iu") or negative:
+        wanted = f"({n},), whole numbers from 0" + " or class names" * names
         found = f"{labels.dtype} {labels.shape}" + ", some below 0" * negative
-        raise InputError(f"{where}: labels must be ({n},), whole numbers from 0 or class names, not {found}")
+        raise InputError(f"{where}: labels must be {wanted}, not {found}")
     return flat
 
 
@@ -474,7 +475,7 @@ def open_npz(file, label):
             if images.ndim == 4 and shape[1] < min(shape[2:]):
                 raise InputError(f"{where} has channels first, {shape}: give (N, H, W, C), by transpose(0, 2, 3, 1)")
             images = np.repeat(images[..., None], 3, axis=-1) if images.ndim == 3 else images  # grey to RGB
-            labels = None if labels is None else as_labels(labels, len(images), f"{file}, {prefix}{label}")
+            labels = None if labels is None else as_labels(labels, len(images), f"{file}, {prefix}{label}", names=True)
             yield torch.from_numpy(images).permute(0, 3, 1, 2), labels
 
 
@@ -560,8 +561,13 @@ def stream(images, keys, device="cpu", workers=2):
         return
     keys = (list(zip(i, offsets, strict=True)) for i, offsets in keys)
     how = dict(num_workers=workers, worker_init_fn=in_worker, pin_memory=device.type == "cuda")
-    for batch in torch.utils.data.DataLoader(images, batch_sampler=keys, **how):
-        yield batch.to(device, non_blocking=True)
+    loader = iter(torch.utils.data.DataLoader(images, batch_sampler=keys, **how))
+    try:
+        for batch in loader:
+            yield batch.to(device, non_blocking=True)
+    finally:  # as workers ignore SIGTERM, Python would wait for ever at its exit for those that an error left
+        if workers:
+            loader._shutdown_workers()
 
 
 def in_worker(_):

@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 import vit
-from conftest import SCRIPT, checkpoint, command, environment, losses, same, spawn, start, tiny, training, wait_for
+from conftest import (
+    SCRIPT,
+    checkpoint,
+    command,
+    encoder,
+    environment,
+    losses,
+    same,
+    spawn,
+    start,
+    tiny,
+    training,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.linux]
 
@@ -67,13 +80,25 @@ def test_kill_9_while_fine_tuning(npz):
     assert same(checkpoint("straight"), checkpoint("killed")) == []
 
 
+def test_a_streamed_evaluation_names_a_file_that_cannot_be_read_and_leaves(folder):
+    """Its workers, which leave signals to their parent, end too."""
+    encoder("x.pt", data=folder)
+    broken = Path(folder, "train/class1/001.png")
+    broken.write_bytes(b"broken")
+    argv = command("eval_knn.py", "x.pt", "--device", "cpu", "--k", "1", quick=True)
+    done = subprocess.run(argv, env=environment(IN_MEMORY="0"), capture_output=True, text=True, timeout=60)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and f"{broken} is not a readable image" in line, done.stderr[-2000:]
+
+
 def test_a_worker_that_dies_ends_the_run_which_then_resumes(folder):
     process = streamed(folder, stderr=subprocess.PIPE)
     wait_for(process)
     for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)
     text = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "DataLoader worker" in text and checkpoint()["step"] > 0, text
+    assert process.returncode == 1 and "DataLoader worker" in text, text
+    assert start("dino.py", *tiny("--epochs", 500, "--steps", 20, data=folder)).returncode == 0
 
 
 def test_one_of_two_processes_dies(npz):

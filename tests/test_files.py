@@ -242,6 +242,8 @@ def test_labels_are_lists_or_arrays_of_numbers_or_names():
     x, y = pictures(20)
     for labels in (y, y.astype(np.uint8), y[:, None], y.tolist()):
         assert vit.Images(torch.from_numpy(x).permute(0, 3, 1, 2), labels).labels.tolist() == y.tolist()
+    with pytest.raises(vit.InputError, match="a data set: labels must be .*whole numbers from 0, not <U1"):
+        vit.Images(torch.from_numpy(x).permute(0, 3, 1, 2), ["a", "b"] * 10)  # two sets might number names differently
 
 
 def test_nothing_readable():
