@@ -565,6 +565,8 @@ def stream(images, keys, device="cpu", workers=2):
     try:
         for batch in loader:
             yield batch.to(device, non_blocking=True)
+    except InputError as e:  # a worker's has its whole traceback for a message
+        raise InputError(str(e).strip().split("InputError: ")[-1]) from None
     finally:  # as workers ignore SIGTERM, Python would wait for ever at its exit for those that an error left
         if workers:
             loader._shutdown_workers()
