@@ -39,7 +39,7 @@ recipe() { # what --cpu gives a method, for images of 32 px; the preset of demo.
     case $data in *demo.npz) return ;; esac
     local decoder="--decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
     local dino="--hidden 512 --prototypes 1024 --lr 2e-3 --warmup 1 --momentum .98 --drop-path 0"
-    echo --size nano --batch 128
+    echo --preset 32 --size nano --batch 128
     case $1 in
     dino) echo --patch 8 $dino --local-crops 4 ;;
     mae) echo $decoder --lr 4e-3 --warmup 2 ;;
