@@ -35,8 +35,12 @@ def main(argv=None):
     device = launch(args, alone=True)
     vit, config = open_encoder(args)
     files = list_images(args.folder)
-    if not files or config["in_chans"] != 3 or not Path(args.out).absolute().parent.is_dir():
-        raise InputError(f"no images in {args.folder}, no folder for --out {args.out}, or no network of 3 channels")
+    if not files:
+        raise InputError(f"no images in {args.folder}")
+    if config["in_chans"] != 3:
+        raise InputError(f"images have 3 channels, but the network takes {config['in_chans']}")
+    if not Path(args.out).absolute().parent.is_dir():
+        raise InputError(f"--out {args.out}: no such folder")
     net = Classifier(vit, 1, args.feature or config["feature"], args.layers).to(device).eval()
     side, vectors, found = resize_side(config["img_size"]), [], []
     for i in tqdm(range(0, len(files), PART), "files", unit=f"{PART}", disable=None):
