@@ -149,7 +149,7 @@ def test_a_bad_batch_is_counted(npz, monkeypatch):
 def test_the_last_layer_is_frozen_in_the_first_epoch(npz):
     prototypes = []
     for steps in (1, 8, 10):
-        dino.main(tiny("--steps", steps))
+        dino.main(tiny("--steps", steps, "--freeze-last-layer", 1))
         prototypes.append(checkpoint()["net"]["student.head.prototypes"])
     assert torch.equal(prototypes[0], prototypes[1]) and not torch.equal(prototypes[1], prototypes[2])
 

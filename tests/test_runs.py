@@ -297,7 +297,7 @@ def test_saves_rest_a_minute_and_fifty_times_their_duration():
 def test_a_second_ctrl_c_leaves_at_once_but_a_second_sigterm_does_not():
     """Under torchrun SIGTERM to a whole group reaches a process twice: from the sender and from torchrun."""
     run = object.__new__(vit.Run)
-    run.asked = 0
+    run.asked, run.rank = 0, 0
     run.on_signal(signal.SIGTERM, None), run.on_signal(signal.SIGTERM, None)
     assert run.asked == signal.SIGTERM
     with pytest.raises(SystemExit):
