@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_knn import EVALUATION, open_encoder, open_labelled, report
-from linear import Classifier, accuracies, sample_crops, save_classifier, share_of_labels, stages_of
+from eval_knn import open_encoder, open_labelled, report
+from linear import WITH_LABELS, Classifier, accuracies, sample_crops, save_classifier, share_of_labels, stages_of
 
 # isort: off
 from vit import InputError, ViT  # 1 network
@@ -42,12 +42,9 @@ from vit import autocast, cosine, mean_over_processes, my_rows, optimizer_step, 
 from vit import features  # 5 evaluation
 from vit import COUNT, SHARE, Run, cli, launch, options  # 7 runs
 
-OPTIONS = EVALUATION | dict(
+OPTIONS = WITH_LABELS | dict(
     out=(None, "folder for classifier.pt and the run (runs/finetune-NAME)"),
-    feature=(None, "what the linear layer sees (as the method's authors)", dict(choices=("cls", "mean", "both"))),
-    labels=(1.0, "share of the training images that is used, evenly by class", SHARE),
     epochs=(100, "length of the training", COUNT),
-    crop_scale=((0.35, 1.0), "area of the crops, share of the image"),
     scratch=(False, "from random weights; the checkpoint tells shape, data and feature"),
     drop_ratio=(0.0, "share of the patch tokens dropped at each of 3 stages", SHARE),
     lr=(1e-3, "learning rate for batch 256; scaled with the batch"),

@@ -41,12 +41,14 @@ from vit import load_checkpoint, reading, save_checkpoint  # 6 checkpoints
 from vit import COUNT, SHARE, cli, launch, options  # 7 runs
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-OPTIONS = EVALUATION | dict(
-    out=(None, "folder for classifier.pt (none)"),
+WITH_LABELS = EVALUATION | dict(
     feature=(None, "what the linear layer sees (as the method's authors)", dict(choices=("cls", "mean", "both"))),
     labels=(1.0, "share of the training images that is used, evenly by class", SHARE),
-    epochs=(90, "length of the training", COUNT),
     crop_scale=((0.35, 1.0), "area of the crops, share of the image"),
+)
+OPTIONS = WITH_LABELS | dict(
+    out=(None, "folder for classifier.pt (none)"),
+    epochs=(90, "length of the training", COUNT),
     seeds=(1, "so many seeds from --seed on, each with labels of its own; mean and standard deviation", COUNT),
     layers=(1, "the features of so many last blocks, side by side", COUNT),
     augment=(False, "new crops and flips in each epoch; features are not kept: slower"),
