@@ -44,12 +44,18 @@ def children(pid):
 KILLS = int(os.environ.get("KILLS", 3))
 
 
-def kill_at_random_moments(name, argv):
-    """Importing, loading, training, saving: it is killed wherever it happens to be, and started again."""
-    moments, resumed = random.Random(0), 0
+def kill_at_random_moments(name, argv, out="run"):
+    """Importing, loading, training, saving: it is killed wherever it happens to be, and started again.
+
+    Moments are between half and twice the time that a first start needs for its first save on this machine.
+    """
+    moments, resumed, started, process = random.Random(0), 0, time.time(), spawn(argv)
+    wait_for(process, lambda: os.path.exists(f"{out}/last.pt"))
+    ready = time.time() - started
+    process.kill(), process.communicate()
     for _ in range(KILLS):
         process = spawn(argv)
-        time.sleep(moments.uniform(3, 10))
+        time.sleep(moments.uniform(0.5 * ready, 2 * ready))
         process.send_signal(signal.SIGKILL)
         resumed += "resumes after step" in process.communicate()[0]
         assert process.returncode == -9
@@ -73,7 +79,7 @@ def test_kill_9_at_random_moments(method, in_memory, folder, monkeypatch):
 def test_kill_9_while_fine_tuning(npz):
     start("dino.py", *tiny("--steps", 1))
     options = ["run/last.pt", "--epochs", 300 * KILLS, "--batch", 16, "--device", "cpu", "--out"]
-    kill_at_random_moments("fine-tuning", command("evaluation/finetune.py", *options, "killed", quick=True))
+    kill_at_random_moments("fine-tuning", command("evaluation/finetune.py", *options, "killed", quick=True), "killed")
     for out in ("killed", "straight"):
         done = start("evaluation/finetune.py", *options, out, timeout=9000)
         assert done.returncode == 0, done.stderr[-2000:]
