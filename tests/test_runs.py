@@ -500,7 +500,9 @@ def test_the_count_of_memory_is_right_to_a_factor_of_1_5(method, size, side):
     argv = [str(ROOT / SCRIPT[method]), *f"{options} --device cpu --precision fp32 --out run".split()]
     code = f"import resource, runpy, sys; sys.argv = {argv}; runpy.run_path(sys.argv[0], run_name='__main__'); "
     code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=300
+    )
     counted = float(re.search(r"about ([\d.]+) GiB of memory", done.stdout)[1])
     measured = int(re.search(r"^peak (\d+)", done.stdout, re.M)[1]) / 2**20
     assert 1 / 1.5 < counted / measured < 1.5, (counted, measured)
