@@ -11,4 +11,5 @@ import vit  # noqa: E402
 vit.Run.minute = 0
 vit.IN_MEMORY = int(os.environ.get("IN_MEMORY", vit.IN_MEMORY))
 sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a script; runpy does not
 runpy.run_path(sys.argv[0], run_name="__main__")
