@@ -46,14 +46,14 @@ from torch import nn
 
 # isort: off
 from vit import SIZES, InputError, ViT  # 1 network
-from vit import prepare, seeded  # 2 images
+from vit import four, prepare, seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
-from vit import adamw, autocast, cosine, ema_update, mean_over_processes, micro_batches, my_rows  # 4 training step
-from vit import optimizer_step
-from vit import attention_mask, save_grid  # 5 evaluation
-from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, MANY, SHARE, Run, ablate, by_preset, check_momentum, cli, launch, load_data  # 7 runs
-from vit import options, shape_of, step_memory
+from vit import adamw, autocast, cosine, distribute, ema_update, inner, mean_over_processes  # 4 training step
+from vit import micro_batches, optimizer_step, shard
+from vit import Monitor, attention_mask, save_grid  # 5 evaluation
+from vit import encoder_config, resume, save, start_from  # 6 checkpoints
+from vit import COMMON, COUNT, MANY, SHARE, Log, ablate, by_preset, check_momentum, cli, describe, launch  # 7 runs
+from vit import load_data, options, step_memory, steps, vit_kwargs
 
 ABLATIONS = {  # the options that they change
     "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, the entropy falls to 0
@@ -106,11 +106,11 @@ class DINOHead(nn.Module):
             nn.init.zeros_(layer.bias)
         bound = bottleneck**-0.5
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bound, bound))
-        self.length = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not norm_last_layer)
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not norm_last_layer)
 
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)
-        scale = self.length[:, 0] / self.prototypes.norm(dim=1)  # weight normalisation, without a copy of the weights
+        scale = self.weight_g[:, 0] / self.prototypes.norm(dim=1)  # weight normalisation, without a copy of the weights
         return F.linear(x, self.prototypes) * scale
 
 
@@ -144,6 +144,10 @@ class DINO(nn.Module):
     def start_teacher(self):
         self.teacher.load_state_dict(self.student.state_dict())
 
+    def forward(self, *views):
+        """What is trained: the student's outputs. The teacher's are net.teacher(views)."""
+        return self.student(*views)
+
     def compile(self):
         for part in (self.student, self.teacher):
             part.compile(dynamic=False)
@@ -165,18 +169,13 @@ def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
     return loss, entropy, loss.detach() - entropy
 
 
-def outputs(net, imgs, d_global, d_local, args):
-    """The student's outputs for all V views (V, B, K), and the teacher's for the two global ones (2, B, K)."""
+def make_views(net, imgs, d_global, d_local, args):
+    """The two global views of imgs, (2·B, C, h, w), and the local ones, if there are any: a list of one or two."""
     unit = args.img_size / 224
-    global_views = net.augment(imgs, d_global, args.img_size, unit, net.mean, net.std)  # (2·B, C, h, w)
-    local_views = []
+    views = [net.augment(imgs, d_global, args.img_size, unit, net.mean, net.std)]
     if args.local_crops:
-        local_views = [net.augment(imgs, d_local, args.local_size, unit, net.mean, net.std)]  # (local·B, ...)
-    with autocast(imgs.device, args.precision):
-        with torch.no_grad():
-            t = net.teacher(global_views)
-        s = net.student(global_views, *local_views)
-    return s.float().unflatten(0, (-1, len(imgs))), t.float().unflatten(0, (2, len(imgs)))
+        views.append(net.augment(imgs, d_local, args.local_size, unit, net.mean, net.std))
+    return views
 
 
 def update_center(center, batch_mean, momentum, finite):
@@ -185,23 +184,28 @@ def update_center(center, batch_mean, momentum, finite):
     center.copy_(torch.where(finite > 0, moved, center))
 
 
-def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
+def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
     """One optimiser step (section 3, Algorithm 1). Nothing in it waits for the GPU.
 
-    net: a DINO. imgs: uint8 (B, C, S, S). draws: what sample_step drew. schedule: what schedules gave for this step.
-    Returns (4,): loss, the teacher's entropy, KL and the gradient's norm.
+    model: a DINO, or what distribute made of it. imgs: uint8 (B, C, S, S). draws: what sample_step drew. schedule: what
+    schedules gave for this step. Returns (4,): loss, the teacher's entropy, KL and the gradient's norm.
     """
+    net = inner(model)
     loss_fn = dict(mse=mse_loss, infonce=infonce_loss).get(args.ablate, dino_loss)
     total, batch_mean = 0, 0
-    for x, d_global, d_local in micro_batches(args.accumulate, imgs, *draws):
-        s, t = outputs(net, x, d_global, d_local, args)
+    for x, d_global, d_local in micro_batches(model, args.accumulate, imgs, *draws):
+        views = make_views(net, x, d_global, d_local, args)
+        with autocast(x.device, args.precision):
+            with torch.no_grad():
+                t = net.teacher(views[0]).float().unflatten(0, (2, len(x)))  # (2, B, K): of the global views
+            s = model(*views).float().unflatten(0, (-1, len(x)))  # (V, B, K)
         loss, entropy, kl = loss_fn(s, t, net.center, teacher_temp=schedule.teacher_temp)
         scaler.scale(loss / args.accumulate).backward()
         total += torch.stack([loss.detach(), entropy, kl]) / args.accumulate
         batch_mean += t.mean(dim=(0, 1)) / args.accumulate
 
     if schedule.freeze_last_layer:
-        net.student.head.prototypes.grad = net.student.head.length.grad = None
+        net.student.head.prototypes.grad = net.student.head.weight_g.grad = None
     rates = schedule.lr, schedule.weight_decay
     norm, finite = optimizer_step(optimizer, scaler, *rates, args.clip, per_parameter=True)
     ema_update(net.teacher, net.student, schedule.momentum, finite)
@@ -209,9 +213,11 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     return torch.cat([total, norm[None]])
 
 
-def schedules(step, run, args):
-    """Learning rate, weight decay, the teacher's momentum and temperature (section 3), from the step alone."""
-    total, per_epoch = run.total, run.steps_per_epoch
+def schedules(step, total, per_epoch, args):
+    """Learning rate, weight decay, the teacher's momentum and temperature (section 3), from the step alone.
+
+    total: steps of the whole run. per_epoch: steps of an epoch.
+    """
     start, end = args.teacher_temp[0], args.teacher_temp[-1]
     ramp = min(1, step / max(1, min(args.teacher_temp_epochs, args.epochs) * per_epoch - 1))
     return SimpleNamespace(
@@ -290,7 +296,7 @@ def pairwise(student, teacher, center, temp, loss):
     return sum(pairs) / len(pairs), *dino_loss(student.detach(), teacher, center, **temp)[1:]  # logged: DINO's own
 
 
-def collapse(entropy, kl, prototypes):
+def collapse_warning(entropy, kl, prototypes):
     """A warning once the output hardly depends on the image (in a collapse KL is 0, section 5.3), else None."""
     ln_k = math.log(prototypes)
     if kl > 0.01 * ln_k and entropy < 0.03 * ln_k:
@@ -351,34 +357,42 @@ def main(argv=None, images=None, backbone=ViT):
     check(args)
 
     torch.manual_seed(args.seed)
-    net = DINO(shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
+    net = DINO(vit_kwargs(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.student.vit, net)
     optimizer, scaler = adamw(net.student, args.precision)
-    memory = step_memory(args, net, activations(args), device)
-    run = Run(args, net, net.teacher.vit, optimizer, scaler, train, test, __file__, memory)
-    run.resume()
-    run.baselines()
+    encoder, parts = net.teacher.vit, dict(net=net, optimizer=optimizer, scaler=scaler)  # evaluated; saved
+    config = encoder_config(args, net, encoder)
+    per_epoch = len(train) // args.batch
+    total = args.epochs * per_epoch  # steps
+    describe(args, train, encoder, step_memory(args, net, activations(args), device))
     if args.ablate != "no-momentum":
-        check_momentum(args.momentum, run.total)
+        check_momentum(args.momentum, total)
+
+    first, lines = resume(args, parts, len(train), __file__)
+    stop = min(total, args.steps or total)
+    log, monitor = Log(args, lines, first, stop, optimizer), Monitor(args, encoder, config, train, test, device)
+    monitor.before(log)
+    model = distribute(net)
     if args.compile:
         net.compile()
 
-    for step, imgs in run.steps(train):
-        schedule = schedules(step, run, args)
-        draws = my_rows(sample_step(args, step, train.side), device)  # of the whole batch's numbers
-        stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args)
-        if run.log_due(step):
+    for step, imgs, last in steps(train, args, first, stop, device):
+        schedule = schedules(step, total, per_epoch, args)
+        draws = shard(sample_step(args, step, train.side), device)  # of the whole batch's numbers
+        stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args)
+        if log.due(step, last):
             loss, entropy, kl, norm = mean_over_processes(stats).tolist()
-            warning = collapse(entropy, kl, args.prototypes) if step >= args.warmup * run.steps_per_epoch else None
-            run.log(step, warning, loss=loss, entropy=entropy, kl=kl, grad_norm=norm, lr=schedule.lr)
-        run.knn_when_due(step)
-        if run.save_due(step):
-            run.save(step)
-            run.draw_curve()
-            sample = prepare(run.sample, run.config)
-            draw_attention(net.teacher.vit, sample, net.mean, net.std, run.out / "attention.png")
-    return run.finish()
+            late = step >= args.warmup * per_epoch
+            warning = collapse_warning(entropy, kl, args.prototypes) if late else None
+            log.step(step, warning, loss=loss, entropy=entropy, kl=kl, grad_norm=norm, lr=schedule.lr)
+        if monitor.due(step, last, log):
+            monitor.measure(step, log)
+        if log.save_due(step, last):
+            save(args, parts, encoder, config, step, log, __file__)
+            log.draw_curve()
+            draw_attention(encoder, prepare(four(train, device), config), net.mean, net.std, log.picture("attention"))
+    return monitor.verdict(log)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 from tools.convert import read_encoder
 
@@ -79,6 +81,27 @@ def open_labelled(args, config, whole=False):
     return [s.subset(args.limit or len(s)).at(side, quiet) for s in sets]
 
 
+def gather(x):
+    """A list of every process's x, all of one shape."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
+
+
+def shared_features(encode, images, *how):
+    """vit.features, encoded by all processes, each its share. All must call this, and all get all rows."""
+    rank, world = processes()
+    if world == 1:
+        return features(encode, images, *how)
+    if len(images) < world:
+        raise InputError(f"{len(images)} images are too few for {world} processes")
+    mine = features(encode, images.pick(range(rank, len(images), world)), *how)
+    mine = F.pad(mine, (0, 0, 0, -(-len(images) // world) - len(mine)))  # shares differ by one
+    return torch.stack(gather(mine), dim=1).flatten(0, 1)[: len(images)]
+
+
 def report(task, args, config, results):
     """Prints the last line: one JSON object with the same keys for every evaluation; also to --json FILE."""
     result = dict(task=task, checkpoint=args.checkpoint, method=config.get("method"), data=args.data)
@@ -110,7 +133,7 @@ def main(argv=None):
 
     widths, names = [], ["pixels", "untrained"] * args.baselines + ["cls", "mean"]
     how = (config, device, args.precision, args.batch, args.workers)
-    found = {s: features(encode, x, *how) for s, x in (("train", train), ("test", test))}
+    found = {s: shared_features(encode, x, *how) for s, x in (("train", train), ("test", test))}
     vectors = {s: dict(zip(names, x.split(widths, dim=1), strict=True)) for s, x in found.items()}
     labels = dict(train=train.labels.to(device), test=test.labels.to(device))
 

@@ -34,12 +34,13 @@ from dino import DINOHead, Network, dino_loss, schedules, update_center
 
 # isort: off
 from vit import ViT  # 1 network
-from vit import prepare  # 2 images
-from vit import adamw, autocast, ema_update, mean_over_processes, micro_batches, my_rows  # 4 training step
-from vit import optimizer_step
-from vit import start_from  # 6 checkpoints
-from vit import COUNT, SHARE, Run, by_preset, check_momentum, cli, launch, load_data  # 7 runs
-from vit import options, shape_of, step_memory
+from vit import four, prepare  # 2 images
+from vit import adamw, autocast, distribute, ema_update, inner, mean_over_processes, micro_batches  # 4 training step
+from vit import optimizer_step, shard
+from vit import Monitor  # 5 evaluation
+from vit import encoder_config, resume, save, start_from  # 6 checkpoints
+from vit import COUNT, SHARE, Log, by_preset, check_momentum, cli, describe, launch, load_data  # 7 runs
+from vit import options, step_memory, steps, vit_kwargs
 
 MAE_OPTIONS = ("mask_ratio", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "crop_scale")
 OPTIONS = {k: row for k, row in dino.OPTIONS.items() if k != "ablate"}
@@ -67,6 +68,10 @@ class Hybrid(nn.Module):
     mean, std = property(lambda self: self.mae.mean), property(lambda self: self.mae.std)
     start_teacher = dino.DINO.start_teacher
 
+    def forward(self, crop, noise, *views):
+        """What is trained, in one forward pass: MAE's loss, and the student's outputs (V·B, K)."""
+        return self.mae(crop, noise)[0], self.student(*views)
+
     def compile(self):
         dino.DINO.compile(self)
         self.mae.compile()
@@ -77,47 +82,46 @@ def sample_step(args, step, side):
     return mae_pcae.sample_step(args, step + 2**31, side), *dino.sample_step(args, step, side)  # not DINO's seed
 
 
-def train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=False):
-    """One optimiser step. net: a Hybrid. imgs: uint8 (B, C, S, S). draws, schedule: of sample_step and schedules.
+def train_step(model, optimizer, scaler, imgs, draws, schedule, args, norms=False):
+    """One optimiser step. model: a Hybrid, or what distribute made of it. imgs: uint8 (B, C, S, S). draws, schedule: of
+    sample_step and schedules.
 
     Returns (7,): loss, L_MIM, L_CL, the teacher's entropy, the gradient's norm, and with `norms` those of the encoder's
     gradients of (1 - w) L_MIM and of w L_CL alone, means over micro-batches (else 0).
     """
-    total, batch_mean, w = 0, 0, args.weight
-    both, encoder = torch.zeros(2, device=imgs.device), [p for p in net.mae.vit.parameters() if p.requires_grad]
-    for x, d_mim, d_global, d_local in micro_batches(args.accumulate, imgs, *draws):
+    net, w = inner(model), args.weight
+    encoder = [p for p in net.mae.vit.parameters() if p.requires_grad]
+    total, both, batch_mean = 0, torch.zeros(2, device=imgs.device), 0
+    for x, d_mim, d_global, d_local in micro_batches(model, args.accumulate, imgs, *draws):
         crop = net.mae.augment(x, d_mim, args.img_size, net.mean, net.std)
+        views = dino.make_views(net, x, d_global, d_local, args)
         with autocast(x.device, args.precision):
-            mim, *_ = net.mae(crop, d_mim["noise"])
-        before = gradients(encoder) if norms else None
-        scaler.scale((1 - w) * mim / args.accumulate).backward()
-        between = gradients(encoder) if norms else None
-
-        s, t = dino.outputs(net, x, d_global, d_local, args)
+            with torch.no_grad():
+                t = net.teacher(views[0]).float().unflatten(0, (2, len(x)))  # (2, B, K)
+            mim, s = model(crop, d_mim["noise"], *views)
+        s = s.float().unflatten(0, (-1, len(x)))  # (V, B, K)
         cl, entropy, _ = dino_loss(s, t, net.center, teacher_temp=schedule.teacher_temp)
-        scaler.scale(w * cl / args.accumulate).backward()
         if norms:
-            both += torch.stack([distance(between, before), distance(gradients(encoder), between)])
-        parts = [(1 - w) * mim + w * cl, mim, cl, entropy]
-        total += torch.stack([p.detach() for p in parts]) / args.accumulate
+            both += torch.stack([gradient_norm(part, encoder) for part in scaler.scale(((1 - w) * mim, w * cl))])
+        loss = (1 - w) * mim + w * cl
+        scaler.scale(loss / args.accumulate).backward()
+        total += torch.stack([part.detach() for part in (loss, mim, cl, entropy)]) / args.accumulate
         batch_mean += t.mean(dim=(0, 1)) / args.accumulate
 
-    scale = scaler.get_scale() if norms else 1  # in fp16 this waits for the GPU
+    both = both / (args.accumulate * scaler.get_scale()) if norms else both  # in fp16 this waits for the GPU
     if schedule.freeze_last_layer:
-        net.student.head.prototypes.grad = net.student.head.length.grad = None
+        net.student.head.prototypes.grad = net.student.head.weight_g.grad = None
     rates = schedule.lr, schedule.weight_decay
     norm, finite = optimizer_step(optimizer, scaler, *rates, args.clip, per_parameter=True)
     ema_update(net.teacher, net.student, schedule.momentum, finite)
     update_center(net.center, batch_mean, args.center_momentum, finite)
-    return torch.cat([total, norm[None], both / scale])
+    return torch.cat([total, norm[None], both])
 
 
-def gradients(params):
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
-
-
-def distance(a, b):
-    return torch.stack(torch._foreach_norm(torch._foreach_sub(a, b))).norm()
+def gradient_norm(loss, params):
+    """The norm of the loss's gradient with respect to all params, (); the graph stays for backward()."""
+    grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    return torch.stack(torch._foreach_norm([g for g in grads if g is not None])).norm()
 
 
 @cli
@@ -128,36 +132,46 @@ def main(argv=None, images=None, backbone=ViT):
     dino.check(args)
 
     torch.manual_seed(args.seed)
-    net = Hybrid(shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
+    net = Hybrid(vit_kwargs(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.mae.vit, net)
     optimizer, scaler = adamw(net, args.precision)
+    encoder, parts = net.teacher.vit, dict(net=net, optimizer=optimizer, scaler=scaler)  # evaluated; saved
+    config = encoder_config(args, net, encoder)
+    per_epoch = len(train) // args.batch
+    total = args.epochs * per_epoch  # steps
     memory = step_memory(args, net, dino.activations(args) + mae_pcae.activations(args), device)
-    run = Run(args, net, net.teacher.vit, optimizer, scaler, train, test, __file__, memory)
-    run.resume()
-    run.baselines()
-    check_momentum(args.momentum, run.total)
+    describe(args, train, encoder, memory)
+    check_momentum(args.momentum, total)
+
+    first, lines = resume(args, parts, len(train), __file__)
+    stop = min(total, args.steps or total)
+    log, monitor = Log(args, lines, first, stop, optimizer), Monitor(args, encoder, config, train, test, device)
+    monitor.before(log)
+    model = distribute(net)
     if args.compile:
         net.compile()
 
-    for step, imgs in run.steps(train):
-        schedule, due = schedules(step, run, args), run.log_due(step)
-        draws = my_rows(sample_step(args, step, train.side), device)
-        stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args, norms=due)
+    for step, imgs, last in steps(train, args, first, stop, device):
+        schedule, due = schedules(step, total, per_epoch, args), log.due(step, last)
+        draws = shard(sample_step(args, step, train.side), device)  # of the whole batch's numbers
+        stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args, norms=due)
         if due:
             names = ("loss", "mim", "cl", "entropy", "grad_norm", "grad_mim", "grad_cl")
             row = dict(zip(names, mean_over_processes(stats).tolist(), strict=True), lr=schedule.lr)
-            late = args.weight and step >= args.warmup * run.steps_per_epoch
-            warning = dino.collapse(row["entropy"], row["cl"] - row["entropy"], args.prototypes) if late else None
-            run.log(step, warning, **row)
-        run.knn_when_due(step)
-        if run.save_due(step):
-            run.save(step)
-            run.draw_curve()
-            sample = prepare(run.sample, run.config)
-            dino.draw_attention(net.teacher.vit, sample, net.mean, net.std, run.out / "attention.png")
-            mae_pcae.draw(net.mae, sample, run.out / "reconstruction.png")
-    return run.finish()
+            late = args.weight and step >= args.warmup * per_epoch
+            kl = row["cl"] - row["entropy"]
+            warning = dino.collapse_warning(row["entropy"], kl, args.prototypes) if late else None
+            log.step(step, warning, **row)
+        if monitor.due(step, last, log):
+            monitor.measure(step, log)
+        if log.save_due(step, last):
+            save(args, parts, encoder, config, step, log, __file__)
+            log.draw_curve()
+            sample = prepare(four(train, device), config)
+            dino.draw_attention(encoder, sample, net.mean, net.std, log.picture("attention"))
+            mae_pcae.draw(net.mae, sample, log.picture("reconstruction"))
+    return monitor.verdict(log)
 
 
 if __name__ == "__main__":

@@ -50,14 +50,14 @@ from torch import nn
 
 # isort: off
 from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos_grid  # 1 network
-from vit import prepare, seeded  # 2 images
+from vit import four, prepare, seeded  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
-from vit import adamw, autocast, cosine, ema_update, mean_over_processes, micro_batches, my_rows  # 4 training step
-from vit import optimizer_step
-from vit import save_grid, spread  # 5 evaluation
-from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, SHARE, Run, by_preset, check_momentum, cli, launch, load_data  # 7 runs
-from vit import options, shape_of, step_memory
+from vit import adamw, autocast, cosine, distribute, ema_update, inner, mean_over_processes  # 4 training step
+from vit import micro_batches, optimizer_step, shard
+from vit import Monitor, save_grid, token_std  # 5 evaluation
+from vit import encoder_config, resume, save, start_from  # 6 checkpoints
+from vit import COMMON, COUNT, SHARE, Log, by_preset, check_momentum, cli, describe, launch, load_data  # 7 runs
+from vit import options, step_memory, steps, vit_kwargs
 
 # name=(default, help[, arguments for argparse]); by_preset: for demo.npz, a CPU, then the published
 OPTIONS = COMMON | dict(
@@ -159,7 +159,7 @@ class MAE(nn.Module):
         pred = self.decode(latent, visible, hidden).float()
         target = gather_tokens(patchify(imgs, self.patch), hidden)
         target = standardise(target) if self.norm_pix else target
-        return (pred - target).square().mean(), spread(pred), spread(target)
+        return (pred - target).square().mean(), token_std(pred), token_std(target)
 
     start_teacher = update_teacher = lambda self, *how: None  # MAE has no teacher
 
@@ -219,23 +219,23 @@ class PCAE(MAE):
         latent = self.vit(imgs, visible)
         pred = self.decode(latent, visible, left[-1] if left else hidden).float()
         loss = 1 - F.cosine_similarity(pred, standardise(target), dim=-1).mean()
-        return loss, spread(pred), spread(target)
+        return loss, token_std(pred), token_std(target)
 
 
 METHODS = dict(mae=MAE, pcae=PCAE)
 
 
-def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
+def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
     """One optimiser step. Nothing in it waits for the GPU.
 
-    net: a MAE or PCAE. imgs: uint8 (B, C, S, S). draws: what sample_step drew. schedule: what schedules gave.
-    Returns (4,): loss, spread of prediction and of target, and the gradient's norm.
+    model: a MAE or PCAE, or what distribute made of it. imgs: uint8 (B, C, S, S). draws: what sample_step drew.
+    schedule: what schedules gave. Returns (4,): loss, standard deviation of prediction and target, gradient's norm.
     """
-    total = 0
-    for x, d in micro_batches(args.accumulate, imgs, draws):
+    net, total = inner(model), 0
+    for x, d in micro_batches(model, args.accumulate, imgs, draws):
         x = net.augment(x, d, args.img_size, net.mean, net.std)
         with autocast(x.device, args.precision):
-            loss, pred_std, target_std = net(x, d["noise"])
+            loss, pred_std, target_std = model(x, d["noise"])
         scaler.scale(loss / args.accumulate).backward()
         total += torch.stack([loss.detach(), pred_std, target_std]) / args.accumulate
 
@@ -244,12 +244,12 @@ def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
     return torch.cat([total, norm[None]])
 
 
-def schedules(step, run, args):
-    """Learning rate, weight decay and the teacher's momentum, from the step alone."""
+def schedules(step, total, per_epoch, args):
+    """Learning rate, weight decay and the teacher's momentum, from the step alone. total: steps of the whole run."""
     return SimpleNamespace(
-        lr=cosine(step, run.total, args.lr * args.batch / 256, 0.0, args.warmup * run.steps_per_epoch),
-        weight_decay=cosine(step, run.total, *args.weight_decay),
-        momentum=cosine(step, run.total, args.momentum, 1.0),
+        lr=cosine(step, total, args.lr * args.batch / 256, 0.0, args.warmup * per_epoch),
+        weight_decay=cosine(step, total, *args.weight_decay),
+        momentum=cosine(step, total, args.momentum, 1.0),
     )
 
 
@@ -315,35 +315,43 @@ def main(argv=None, images=None, backbone=ViT):
     train, test = load_data(args, table, device, images)  # opened, options settled, decoded if it fits into memory
 
     torch.manual_seed(args.seed)
-    net = METHODS[args.method](shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
+    net = METHODS[args.method](vit_kwargs(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.vit, net)
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))
-    memory = step_memory(args, net, activations(args), device)
-    run = Run(args, net, net.vit, optimizer, scaler, train, test, __file__, memory)
-    run.resume()
-    run.baselines()
+    encoder, parts = net.vit, dict(net=net, optimizer=optimizer, scaler=scaler)  # evaluated; saved
+    config = encoder_config(args, net, encoder)
+    per_epoch = len(train) // args.batch
+    total = args.epochs * per_epoch  # steps
+    describe(args, train, encoder, step_memory(args, net, activations(args), device))
     if args.method == "pcae":
-        check_momentum(args.momentum, run.total)
+        check_momentum(args.momentum, total)
+
+    first, lines = resume(args, parts, len(train), __file__)
+    stop = min(total, args.steps or total)
+    log, monitor = Log(args, lines, first, stop, optimizer), Monitor(args, encoder, config, train, test, device)
+    monitor.before(log)
+    model = distribute(net)
     if args.compile:
         net.compile()
 
-    for step, imgs in run.steps(train):
-        schedule = schedules(step, run, args)
-        draws = my_rows(sample_step(args, step, train.side), device)  # of the whole batch's numbers
-        stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args)
-        if run.log_due(step):
+    for step, imgs, last in steps(train, args, first, stop, device):
+        schedule = schedules(step, total, per_epoch, args)
+        draws = shard(sample_step(args, step, train.side), device)  # of the whole batch's numbers
+        stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args)
+        if log.due(step, last):
             loss, pred_std, target_std, norm = mean_over_processes(stats).tolist()
-            flat = min(pred_std, target_std) < 1e-3 and step >= args.warmup * run.steps_per_epoch
+            flat = min(pred_std, target_std) < 1e-3 and step >= args.warmup * per_epoch
             warning = "COLLAPSED: predictions or targets no longer differ" if flat else None
-            run.log(step, warning, loss=loss, pred_std=pred_std, target_std=target_std, grad_norm=norm, lr=schedule.lr)
-        run.knn_when_due(step)
-        if run.save_due(step):
-            run.save(step)
-            run.draw_curve()
-            picture = dict(mae="reconstruction.png", pcae="tokens.png")[args.method]
-            draw(net, prepare(run.sample, run.config), run.out / picture)
-    return run.finish()
+            log.step(step, warning, loss=loss, pred_std=pred_std, target_std=target_std, grad_norm=norm, lr=schedule.lr)
+        if monitor.due(step, last, log):
+            monitor.measure(step, log)
+        if log.save_due(step, last):
+            save(args, parts, encoder, config, step, log, __file__)
+            log.draw_curve()
+            name = dict(mae="reconstruction", pcae="tokens")[args.method]
+            draw(net, prepare(four(train, device), config), log.picture(name))
+    return monitor.verdict(log)
 
 
 if __name__ == "__main__":

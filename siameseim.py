@@ -51,14 +51,14 @@ from torchvision.utils import draw_bounding_boxes
 
 # isort: off
 from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos, sincos_grid  # 1 network
-from vit import seeded  # 2 images
+from vit import four, seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
-from vit import adamw, autocast, cosine, ema_update, mean_over_processes, micro_batches, my_rows  # 4 training step
-from vit import optimizer_step
-from vit import save_grid, spread  # 5 evaluation
-from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, SHARE, Run, ablate, by_preset, check_momentum, cli, launch, load_data  # 7 runs
-from vit import options, shape_of, step_memory
+from vit import adamw, autocast, cosine, distribute, ema_update, in_turn, inner, mean_over_processes  # 4 training step
+from vit import micro_batches, optimizer_step, shard
+from vit import Monitor, save_grid, token_std  # 5 evaluation
+from vit import encoder_config, resume, save, start_from  # 6 checkpoints
+from vit import COMMON, COUNT, SHARE, Log, ablate, by_preset, check_momentum, cli, describe, launch  # 7 runs
+from vit import load_data, options, step_memory, steps, vit_kwargs
 
 ABLATIONS = {  # the options that they change
     "no-color": dict(color=0.0, blur=[0.0, 0.0]),
@@ -209,40 +209,41 @@ def siameseim_loss(pred, target, c, weight=0.02):
     return (pred - target).square().mean() + weight * uniformity, uniformity.detach()
 
 
-def train_step(net, optimizer, scaler, imgs, draws, schedule, args):
+def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
     """One optimiser step. Nothing in it waits for the GPU.
 
-    net: a SiameseIM. imgs: uint8 (B, C, S, S). draws: what sample_step drew. schedule: what schedules gave.
-    All targets come first: C is that of the whole batch, in micro-batches too. Returns (4,): loss, its uniformity term,
-    spread of the targets, and the gradient's norm.
+    model: a SiameseIM, or what distribute made of it. imgs: uint8 (B, C, S, S). draws: what sample_step drew. schedule:
+    what schedules gave. All targets come first: C is that of the whole batch, in micro-batches too. Returns (4,): loss,
+    its uniformity term, standard deviation of the targets, and the gradient's norm.
     """
+    net = inner(model)
     loss_fn = global_loss if args.ablate == "global" else siameseim_loss
     total, parts, c, unit = 0, [], 0, args.img_size / 224
-    for x, d in micro_batches(args.accumulate, imgs, draws):
+    for x, d in micro_batches(model, args.accumulate, imgs, draws):
         a, b = net.augment(x, d, args.img_size, unit, net.mean, net.std).chunk(2)
         with autocast(x.device, args.precision):
             z = net.targets(b)
         parts.append((a, d, z))
         c += correlation(z) / args.accumulate
     c = mean_over_processes(c)
-    for a, d, z in parts:
+    for a, d, z in in_turn(model, parts):
         with autocast(a.device, args.precision):
-            y = net(a, visible_patches(d, net.grid, args.mask_ratio), d["box"], d["flip"], imgs.shape[-1])
+            y = model(a, visible_patches(d, net.grid, args.mask_ratio), d["box"], d["flip"], imgs.shape[-1])
         loss, uniformity = loss_fn(y.float(), z, c, net.neg_weight)
         scaler.scale(loss / args.accumulate).backward()
-        total += torch.stack([loss.detach(), uniformity, spread(z)]) / args.accumulate
+        total += torch.stack([loss.detach(), uniformity, token_std(z)]) / args.accumulate
 
     norm, finite = optimizer_step(optimizer, scaler, schedule.lr, schedule.weight_decay, args.clip)
     ema_update(net.target, net.online, schedule.momentum, finite)
     return torch.cat([total, norm[None]])
 
 
-def schedules(step, run, args):
-    """Learning rate, weight decay and the target network's momentum, from the step alone."""
+def schedules(step, total, per_epoch, args):
+    """Learning rate, weight decay and the target network's momentum, from the step alone. total: steps of the run."""
     return SimpleNamespace(
-        lr=cosine(step, run.total, args.lr * args.batch / 256, 0.0, args.warmup * run.steps_per_epoch),
-        weight_decay=cosine(step, run.total, *args.weight_decay),
-        momentum=cosine(step, run.total, args.momentum, 1.0),
+        lr=cosine(step, total, args.lr * args.batch / 256, 0.0, args.warmup * per_epoch),
+        weight_decay=cosine(step, total, *args.weight_decay),
+        momentum=cosine(step, total, args.momentum, 1.0),
     )
 
 
@@ -390,36 +391,44 @@ def main(argv=None, images=None, backbone=ViT):
     train, test = load_data(args, OPTIONS, device, images)  # opened, options settled, decoded if it fits into memory
 
     torch.manual_seed(args.seed)
-    net = SiameseIM(shape_of(args, train.channels), args, *train.stats(), backbone).to(device)
+    net = SiameseIM(vit_kwargs(args, train.channels), args, *train.stats(), backbone).to(device)
     if args.init:
         start_from(args.init, net.online.vit, net)
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))
-    memory = step_memory(args, net, activations(args), device)
-    run = Run(args, net, net.online.vit, optimizer, scaler, train, test, __file__, memory)
-    run.resume()
-    run.baselines()
-    check_momentum(args.momentum, run.total)
+    encoder, parts = net.online.vit, dict(net=net, optimizer=optimizer, scaler=scaler)  # evaluated; saved
+    config = encoder_config(args, net, encoder)
+    per_epoch = len(train) // args.batch
+    total = args.epochs * per_epoch  # steps
+    describe(args, train, encoder, step_memory(args, net, activations(args), device))
+    check_momentum(args.momentum, total)
+
+    first, lines = resume(args, parts, len(train), __file__)
+    stop = min(total, args.steps or total)
+    log, monitor = Log(args, lines, first, stop, optimizer), Monitor(args, encoder, config, train, test, device)
+    monitor.before(log)
+    model = distribute(net)
     if args.compile:
         net.compile()
 
-    for step, imgs in run.steps(train):
-        schedule = schedules(step, run, args)
-        draws = my_rows(sample_step(args, step, train.side), device)  # of the whole batch's numbers
-        stats = train_step(net, optimizer, scaler, imgs, draws, schedule, args)
-        if run.log_due(step):
+    for step, imgs, last in steps(train, args, first, stop, device):
+        schedule = schedules(step, total, per_epoch, args)
+        draws = shard(sample_step(args, step, train.side), device)  # of the whole batch's numbers
+        stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args)
+        if log.due(step, last):
             loss, uniformity, target_std, norm = mean_over_processes(stats).tolist()
-            flat = target_std < 0.05 and step >= args.warmup * run.steps_per_epoch
+            flat = target_std < 0.05 and step >= args.warmup * per_epoch
             warning = "COLLAPSED: targets no longer differ from token to token" if flat else None
             row = dict(loss=loss, uniformity=uniformity, target_std=target_std, grad_norm=norm, lr=schedule.lr)
-            run.log(step, warning, **row)
-        run.knn_when_due(step)
-        if run.save_due(step):
-            run.save(step)
-            run.draw_curve()
+            log.step(step, warning, **row)
+        if monitor.due(step, last, log):
+            monitor.measure(step, log)
+        if log.save_due(step, last):
+            save(args, parts, encoder, config, step, log, __file__)
+            log.draw_curve()
             net.eval()  # process 0 draws alone: BatchNorm must not wait for the others
-            draw_pairs(net, run.sample, sample_step(args, 0, train.side), args, run.out / "views.png")
+            draw_pairs(net, four(train, device), sample_step(args, 0, train.side), args, log.picture("views"))
             net.train()
-    return run.finish()
+    return monitor.verdict(log)
 
 
 if __name__ == "__main__":

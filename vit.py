@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
@@ -407,6 +408,12 @@ class Images(torch.utils.data.Dataset):
         return mean.tolist(), (square_mean - mean**2).clamp(min=1e-6).sqrt().tolist()
 
 
+def four(images, device):
+    """Four images, evenly spaced, for the pictures of a run: uint8 (4, C, S, S) on the device."""
+    some = images.subset(4).at(images.side, quiet=True)
+    return torch.stack([some[i, 0.5] for i in range(len(some))]).to(device)
+
+
 def list_images(root):
     """All image files below a folder, sorted. Links to folders are followed once."""
     found, seen = [], set()
@@ -729,42 +736,50 @@ def mean_over_processes(x):
     return x
 
 
-def my_rows(draws, device):
+def shard(draws, device):
     """This process's rows of the whole batch's random numbers (a dict of tensors, or several), on the device."""
     if not isinstance(draws, dict):
-        return [my_rows(d, device) for d in draws]
+        return [shard(d, device) for d in draws]
     rank, world = processes()
     return {k: to_device(v.chunk(world)[rank], device) for k, v in draws.items()}
 
 
-def micro_batches(n, *parts):
-    """Splits tensors, and dicts of tensors, by rows into n equal parts; yields tuples."""
+def distribute(net):
+    """`net`, under torchrun in torch's DistributedDataParallel, which averages gradients over processes.
+
+    It arranges gradients anew after its first backward pass, and three processes or more then round their sums
+    otherwise. One pass of zeros comes before the first step, so that a run which resumes rounds as one left alone.
+    """
+    if not dist.is_initialized():
+        return net
+    model = DistributedDataParallel(net)
+    model.broadcast_buffers = False  # they are equal already
+    net.forward = lambda: sum(p.sum() for p in net.parameters() if p.requires_grad) * 0
+    model().backward()
+    net.zero_grad()
+    del net.forward  # its class's again
+    return model
+
+
+def inner(model):
+    """The network in what distribute returned."""
+    return getattr(model, "module", model)
+
+
+def in_turn(model, parts):
+    """Yields micro-batches. Gradients are averaged over processes in the backward pass of the last one alone."""
+    for i, part in enumerate(parts, 1):
+        model.require_backward_grad_sync = i == len(parts)
+        yield part
+
+
+def micro_batches(model, n, *parts):
+    """Splits tensors, and dicts of tensors, by rows into n equal parts; yields tuples, for one backward pass each."""
     rows = lambda x, i: {k: v.chunk(n)[i] for k, v in x.items()} if isinstance(x, dict) else x.chunk(n)[i]
-    for i in range(n):
-        yield tuple(rows(x, i) for x in parts)
+    yield from in_turn(model, [tuple(rows(x, i) for x in parts) for i in range(n)])
 
 
 @torch.no_grad()
-def average_and_clip(optimizer, scaler, clip, per_parameter=False):
-    """Averages gradients over processes, takes out fp16's scale, clips. Returns the norm before clipping, ().
-
-    Averaged here and not by DistributedDataParallel, whose wrapper would need exceptions for frozen parameters, for
-    several forward passes before a step and for accumulation, and puts a prefix in front of every name that is saved.
-    """
-    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    if dist.is_initialized():
-        flat = mean_over_processes(torch.cat([g.flatten() for g in grads]))
-        parts = flat.split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
-    scaler.unscale_(optimizer)
-    norms = torch.stack(torch._foreach_norm(grads))
-    norm = norms.norm()
-    if clip:
-        scale = clip / ((norms if per_parameter else norm.expand(len(norms))) + 1e-6)
-        torch._foreach_mul_(grads, list(scale.clamp(max=1).unbind()))
-    return norm
-
-
 def optimizer_step(optimizer, scaler, lr, weight_decay, clip, per_parameter=False):
     """Clips, and does one step of AdamW unless a gradient is not finite. Nothing in it waits for the device.
 
@@ -776,7 +791,13 @@ def optimizer_step(optimizer, scaler, lr, weight_decay, clip, per_parameter=Fals
         group["lr"] = lr * group.get("factor", 1)  # factor: of a layer, in fine-tuning
     if weight_decay is not None:
         optimizer.param_groups[0]["weight_decay"] = weight_decay
-    norm = average_and_clip(optimizer, scaler, clip, per_parameter)
+    scaler.unscale_(optimizer)
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    norm = norms.norm()
+    if clip:
+        scale = clip / ((norms if per_parameter else norm.expand(len(norms))) + 1e-6)
+        torch._foreach_mul_(grads, list(scale.clamp(max=1).unbind()))
     finite = norm.isfinite().float()
     optimizer.found_inf = 1 - finite  # 1: the fused AdamW skips the step
     optimizer.step()
@@ -802,35 +823,19 @@ def pixels(x):
     return F.adaptive_avg_pool2d(x, [min(32, s) for s in x.shape[-2:]]).flatten(1)
 
 
-def gather(x):
-    """A list of every process's x, all of one shape."""
-    if not dist.is_initialized():
-        return [x]
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return parts
-
-
 @torch.no_grad()
 def features(encode, images, config, device, precision="fp32", batch=256, workers=2):
-    """encode(x) of all images, (N, D), fp32, on the device. encode: network input (B, C, h, w) -> vectors (B, D).
-
-    With several processes, all of which must call this, each encodes its share, and all get all rows.
-    """
-    rank, world = processes()
-    if len(images) < world:
-        raise InputError(f"{len(images)} images are too few for {world} processes")
-    mine = images if world == 1 else images.pick(range(rank, len(images), world))
+    """encode(x) of all images, (N, D), fp32, on the device. encode: network input (B, C, h, w) -> vectors (B, D)."""
     out, done = None, 0
-    for imgs in stream(mine, in_order(mine, batch), device, workers):
+    for imgs in stream(images, in_order(images, batch), device, workers):
         x = prepare(imgs, config)
         with autocast(device, precision):
             found = encode(x).float()
         if out is None:  # preallocated, so that memory does not fragment
-            out = found.new_zeros(-(-len(images) // world), found.shape[1])
+            out = found.new_empty(len(images), found.shape[1])
         out[done : done + len(found)] = found
         done += len(found)
-    return out if world == 1 else torch.stack(gather(out), dim=1).flatten(0, 1)[: len(images)]
+    return out
 
 
 def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chunk_bytes=2**28):
@@ -854,7 +859,7 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
     return {k: tuple((100 * h / len(test)).tolist()) for k, h in hits.items()}
 
 
-def spread(x):
+def token_std(x):
     """How much tokens (B, n, D) differ: standard deviation over tokens and images, mean over entries. 0: collapsed."""
     return x.detach().flatten(0, 1).std(dim=0).mean()
 
@@ -986,9 +991,7 @@ def cli(main):
         except InputError as e:
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
-        finally:  # gives the signal handlers and the process group back
-            while Run.handlers:
-                signal.signal(*Run.handlers.popitem())
+        finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -1097,7 +1100,7 @@ def ablate(args, ablations):
         setattr(args, name, value)
 
 
-def shape_of(args, in_chans):
+def vit_kwargs(args, in_chans):
     """The arguments of ViT that the options give."""
     return dict(SIZES[args.size], img_size=args.img_size, patch=args.patch, in_chans=in_chans)
 
@@ -1203,191 +1206,191 @@ def check_momentum(momentum, steps):
         note(f"warning: {left:.0%} of the initial teacher would be left after {steps} steps: lower --momentum")
 
 
-class Run:
-    """The folder of a training run, args.out, with last.pt, log.jsonl and pictures.
+SAVE_EVERY = 60  # seconds between two saves, at least
+LOG_EVERY = 10  # steps
+MAY_CHANGE = ("steps", "workers", "out", "device", "json")  # these options may differ when a run resumes
 
-    net: all that learns or has state, with buffers mean and std and an attribute `feature`. vit: the encoder in it
-    that is evaluated. script: the method's file. memory: what step_memory counted. Ctrl-C and SIGTERM set a flag, on
-    which all processes agree; they then save and leave.
+
+def say(text):
+    """Prints on process 0, above the progress bar."""
+    if processes()[0] == 0:
+        tqdm.write(text)
+
+
+def describe(args, images, vit, memory=0):
+    """Prints what will be trained, on what, and how long; `memory`: what step_memory counted, in bytes."""
+    if args.method != "finetune":
+        size = sum(p.numel() for p in vit.parameters()) / 1e6
+        shape = f"{args.size} ViT of {size:.1f} million parameters, {args.img_size} px in patches of {args.patch}"
+        why = "; made for a computer without a GPU" if args.preset == "cpu" else ""
+        say(f"{args.method}, preset {args.preset} (--preset for another{why}): {shape}")
+    seen = args.epochs * (len(images) // args.batch) * args.batch
+    plan = f"{args.epochs} x {len(images)} images, {seen} in all, in batches of {args.batch}"
+    plan += f", about {memory / 2**30:.1f} GiB of memory" * (memory > 0)
+    say(f"{plan}; {args.device or 'device'}, {args.precision}, {count(processes()[1], 'process')} -> {args.out}")
+
+
+def encoder_config(args, net, vit):
+    """What load_encoder needs besides the weights. net: has buffers mean and std, and `feature`, what to evaluate."""
+    config = vit.config | dict(method=args.method, data=args.data, feature=net.feature, backbone=class_name(type(vit)))
+    return config | {k: getattr(net, k).flatten().tolist() for k in ("mean", "std")}
+
+
+def digest(script):
+    return hashlib.sha256(Path(script).read_bytes()).hexdigest()
+
+
+def resume(args, parts, images, script):
+    """Loads args.out/last.pt, if it is there, into `parts`. Returns how many steps were done, and the log's lines.
+
+    parts: name -> what training needs to resume (network, optimizer, scaler). images: the number of training images.
+    script: the method's file. Raises InputError if last.pt is of a run with other options or images.
+    """
+    file, now = Path(args.out, "last.pt"), vars(args)
+    if not file.exists():
+        return 0, [to_json(dict(args=now, images=images))]
+    state = load_checkpoint(file)
+    if not isinstance(state, dict) or not {"options", "step", "images", "log", *parts} <= state.keys():
+        raise InputError(f"{file} is not a checkpoint of such a run: remove it, or give another --out")
+    old = dict(state["options"])
+    if "data" in old and Path(old["data"]).resolve() == Path(args.data).resolve():
+        old["data"] = args.data  # photos, photos/ and ./photos are one folder
+    differ = [k for k in {**old, **now} if k not in MAY_CHANGE and old.get(k) != now.get(k)]
+    if differ:
+        what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {now.get(k)})" for k in differ[:4])
+        why = f"give another --out, or --init {file} to start from its encoder"
+        raise InputError(f"{args.out} holds a run with {what}: {why}")
+    if state["images"] != images:
+        changed = f"a run on {state['images']} images, now there are {images}"
+        raise InputError(f"{args.out} holds {changed}: restore the images, or give another --out")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    if state["script"] != digest(script):
+        note(f"warning: the script has changed since {file} was saved; another --out begins a new run")
+    return state["step"], state["log"]
+
+
+def save(args, parts, vit, config, step, log, script):
+    """Writes args.out/last.pt after `step`, on process 0: what resume needs, and the encoder."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= dict(step=step + 1, options=vars(args), images=json.loads(log.lines[0])["images"], script=digest(script))
+    save_checkpoint(Path(args.out, "last.pt"), state | dict(log=log.lines, encoder=vit.state_dict(), config=config))
+
+
+def steps(images, args, first, stop, device):
+    """Yields (step, images on the device, last) and seeds drop path. last: whether this start ends with this step.
+
+    It ends at `stop`, or where Ctrl-C or SIGTERM came (with several processes: within ten steps of it, all together).
+    Then SystemExit follows, so that main saves and leaves. A second Ctrl-C leaves at once.
+    """
+    (rank, world), asked = processes(), []
+
+    def on_signal(number, _):
+        if asked and number == signal.SIGINT:
+            raise SystemExit(128 + number)
+        if rank == 0 and not asked:
+            os.write(2, b"\nsaving after this step; Ctrl-C again to stop without saving\n")
+        asked.append(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM) if main_thread}
+    loader = stream(images, batches(len(images), args.batch, first, stop, args.seed), device, args.workers)
+    bar = tqdm(loader, total=stop, initial=first, unit="step", leave=False, disable=True if rank else None)
+    try:
+        for step, imgs in enumerate(bar, first):
+            number = asked[0] if asked else 0
+            if world > 1:  # has any process been asked to stop?
+                there = torch.tensor(float(number), device=device)
+                number = signal.SIGTERM if step % 10 == 9 and mean_over_processes(there) > 0 else 0
+            torch.manual_seed(((args.seed * 1_000_003 + step) * world + rank) % 2**63)
+            yield step, imgs, step + 1 == stop or number > 0
+            if number and step + 1 < stop:
+                if world > 1:
+                    dist.barrier()  # process 0 saves; torchrun would end it as soon as another has left
+                say(f"stopped at step {step + 1} of {stop}, saved: run the same command again to resume")
+                raise SystemExit(128 + number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """The lines of log.jsonl, one JSON object each, and what is printed of them. Process 0 alone writes and prints.
+
+    lines: those saved at an earlier start; log.jsonl is written anew from them, so what a killed run logged after its
+    last save goes. optimizer: it counts the steps that were not skipped.
     """
 
-    handlers = {}  # the signal handlers from before
-    may_change = ("steps", "workers", "out", "device", "json")  # these options may differ when a run resumes
-    minute = 60  # seconds between two saves, at least
-
-    def __init__(self, args, net, vit, optimizer, scaler, train, test, script, memory=0):
-        self.script = hashlib.sha256(Path(script).read_bytes()).hexdigest()
-        self.args, self.net, self.vit, self.out, self.optimizer = args, net, vit, Path(args.out), optimizer
-        self.parts = dict(net=net, optimizer=optimizer, scaler=scaler)  # what training needs to resume
-        self.device, (self.rank, self.world) = net.mean.device, processes()
-        self.images = len(train)
-        self.steps_per_epoch = len(train) // args.batch
-        self.total = args.epochs * self.steps_per_epoch
-        self.first, self.stop = 0, min(self.total, args.steps or self.total)
-        small = lambda images: images.subset(4000).at(resize_side(vit.config["img_size"]), quiet=True)
-        self.sets = (small(train), small(test)) if test is not None else None  # for k-NN
-        some = train.subset(4).at(train.side, quiet=True)  # for pictures
-        self.sample = torch.stack([some[i, 0.5] for i in range(len(some))]).to(self.device)
-        self.asked = self.leave = 0  # the signal that came; the one that all processes agreed to stop for
-        if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            Run.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise InputError(f"--out {self.out} cannot be written ({e})") from None
-        if args.method != "finetune":
-            size = sum(p.numel() for p in vit.parameters()) / 1e6
-            shape = f"{args.size} ViT of {size:.1f} million parameters, {args.img_size} px in patches of {args.patch}"
-            why = "; made for a computer without a GPU" if args.preset == "cpu" else ""
-            self.say(f"{args.method}, preset {args.preset} (--preset for another{why}): {shape}")
-        seen = f"{args.epochs} x {len(train)} images, {self.total * args.batch} in all, in batches of {args.batch}"
-        where = f"{self.device.type}, {args.precision}, {count(self.world, 'process')} -> {self.out}"
-        self.say(seen + f", about {memory / 2**30:.1f} GiB of memory" * (memory > 0) + f"; {where}")
-
-    @property
-    def config(self):
-        """What load_encoder needs besides the weights."""
-        config = self.vit.config | dict(method=self.args.method, data=self.args.data, feature=self.net.feature)
-        config["backbone"] = class_name(type(self.vit))
-        return config | {k: getattr(self.net, k).flatten().tolist() for k in ("mean", "std")}
-
-    def on_signal(self, number, _):
-        if self.asked and number == signal.SIGINT:  # a second Ctrl-C: leave at once
-            raise SystemExit(128 + number)
-        if self.rank == 0 and not self.asked:
-            os.write(2, b"\nsaving after this step; Ctrl-C again to stop without saving\n")
-        self.asked = number
-
-    def say(self, text):
+    def __init__(self, args, lines, first, stop, optimizer):
+        self.file, self.lines, self.first, self.stop = Path(args.out, "log.jsonl"), list(lines), first, stop
+        self.batch, self.optimizer, self.rank = args.batch, optimizer, processes()[0]
+        self.per_epoch = self.rows()[0]["images"] // args.batch
+        self.trained = self.last("seconds").get("seconds", 0.0)  # at earlier starts
+        self.started = self.since = self.saved = time.perf_counter()
+        self.shown, self.counted, self.warned = 0.0, first, False
+        self.updates, self.moved = self.count_updates(), first - 1
         if self.rank == 0:
-            tqdm.write(text)
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                part = self.file.with_suffix(f".{os.getpid()}.part")
+                part.write_text("".join(line + "\n" for line in self.lines))
+                os.replace(part, self.file)
+            except OSError as e:
+                raise InputError(f"--out {args.out} cannot be written ({e})") from None
+        if first >= stop:
+            done = f"{count(round(first / self.per_epoch, 2), 'epoch')} ({count(first, 'step')})"
+            say(f"{args.out} is already trained for {done}, nothing to do: give another --out for a new run")
+        elif first:
+            say(f"resumes after step {first} of {stop}")
 
     def write(self, **row):
-        """Appends a line to log.jsonl."""
         if self.rank == 0:
-            with open(self.out / "log.jsonl", "a") as f:
-                f.write(to_json(row) + "\n")
+            self.lines.append(to_json(row))
+            with open(self.file, "a") as f:
+                f.write(self.lines[-1] + "\n")
 
     def rows(self):
-        """The log so far, one dict a line, without a last line that was cut short."""
-        rows, file = [], self.out / "log.jsonl"
-        with contextlib.suppress(ValueError):
-            for line in file.read_text().splitlines() if file.exists() else ():
-                rows.append(json.loads(line))
-        return rows
+        return [json.loads(line) for line in self.lines]
 
     def last(self, *keys):
-        """The last value of each key in the log."""
+        """The last value of each key."""
         return {k: row[k] for row in self.rows() for k in keys if k in row}
-
-    def resume(self):
-        """Loads last.pt if there is one, and cuts the log back to it; else begins a new log."""
-        file, options = self.out / "last.pt", vars(self.args)
-        rows, self.before = [dict(args=options, images=self.images)], 0.0  # seconds before this start
-        if file.exists():
-            state = load_checkpoint(file)
-            if not isinstance(state, dict) or not {"options", "step", "images", *self.parts} <= state.keys():
-                raise InputError(f"{file} is not a checkpoint of such a run: remove it, or give another --out")
-            old = dict(state["options"])
-            if "data" in old and Path(old["data"]).resolve() == Path(options["data"]).resolve():
-                old["data"] = options["data"]  # photos, photos/ and ./photos are one folder
-            differ = [k for k in {**old, **options} if k not in self.may_change and old.get(k) != options.get(k)]
-            if differ:
-                what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {options.get(k)})" for k in differ[:4])
-                why = f"give another --out, or --init {file} to start from its encoder"
-                raise InputError(f"{self.out} holds a run with {what}: {why}")
-            if state["images"] != self.images:
-                changed = f"a run on {state['images']} images, now there are {self.images}"
-                raise InputError(f"{self.out} holds {changed}: restore the images, or give another --out")
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            self.first, self.before = state["step"], state["seconds"]
-            if state.get("script", self.script) != self.script:
-                note(f"warning: the script has changed since {file} was saved; another --out begins a new run")
-            rows = [row for row in self.rows() if row.get("step", 0) <= self.first]  # the others will be written again
-        if self.rank == 0:
-            part = self.out / f"log.{os.getpid()}.part"
-            part.write_text("".join(to_json(row) + "\n" for row in rows))
-            os.replace(part, self.out / "log.jsonl")
-        if self.first >= self.stop:
-            done = f"{count(round(self.first / self.steps_per_epoch, 2), 'epoch')} ({count(self.first, 'step')})"
-            self.say(f"{self.out} is already trained for {done}, nothing to do: give another --out for a new run")
-        elif self.first:
-            self.say(f"resumes after step {self.first} of {self.stop}")
-
-    def knn(self, encode=None):
-        """k-NN accuracy of the ViT or of encode(x), percent: k = 20, T = 0.07, 800 test images among 4,000."""
-        training, encode = self.vit.training, encode or (lambda x: self.vit.encode(x, self.net.feature))
-        self.vit.eval()
-        how = (self.config, self.device, self.args.precision, 256, self.args.workers)
-        (a, la), (b, lb) = ((features(encode, s, *how), s.labels.to(self.device)) for s in self.sets)
-        self.vit.train(training)
-        return round(knn(a, la, b, lb)[20][0], 2)
-
-    def baselines(self):
-        """Measures k-NN of raw pixels and of the network before training, if the run begins here."""
-        if self.sets is None:
-            self.say("no k-NN: this needs two classes, and labelled test images")
-        elif self.first == 0:
-            start = "knn_start" if self.args.init else "knn_untrained"
-            before = {"knn_pixels": self.knn(pixels), start: self.knn()}
-            self.write(**before)
-            values = ", ".join(f"{k[4:]} {self.with_error(v)}" for k, v in before.items())
-            self.say(f"k-NN before training, {len(self.sets[1])} test images: {values}")
-
-    def with_error(self, accuracy):
-        """An accuracy in percent with its standard error, as text."""
-        error = (accuracy * (100 - accuracy) / len(self.sets[1])) ** 0.5
-        return f"{accuracy:.1f} ± {error:.1f} %"
-
-    def steps(self, train):
-        """Yields (step, images) and seeds drop path. Asked to stop, it ends after this step (processes: in ten)."""
-        keys = batches(len(train), self.args.batch, self.first, self.stop, self.args.seed)
-        keys, loading = itertools.tee(keys)
-        loader = stream(train, loading, self.device, self.args.workers)
-        self.started = self.since = self.saved = time.perf_counter()
-        self.counted, self.saving, self.warned = self.first, 0.0, False
-        self.updates, self.moved = self.count_updates(), self.first - 1
-        self.bar = tqdm(total=self.stop, initial=self.first, unit="step", disable=True if self.rank else None)
-        for step in range(self.first, self.stop):
-            imgs, (self.index, _) = next(loader), next(keys)  # index: which images these are
-            self.leave = self.asked if self.world == 1 else 0
-            if self.world > 1 and step % 10 == 9:  # has any process been asked to stop?
-                asked = mean_over_processes(torch.tensor(float(self.asked), device=self.device))
-                self.leave = signal.SIGTERM if asked > 0 else 0
-            torch.manual_seed(((self.args.seed * 1_000_003 + step) * self.world + self.rank) % 2**63)
-            yield step, imgs
-            self.bar.update()
-            if self.leave and step + 1 < self.stop:
-                self.bar.close()
-                self.say(f"stopped at step {step + 1} of {self.stop}, saved: run the same command again to resume")
-                raise SystemExit(128 + self.leave)
 
     def count_updates(self):
         """How often AdamW moved the weights: it does not count a step that it skips."""
         return int(next((s["step"] for s in self.optimizer.state.values()), 0))
 
-    def log_due(self, step):
-        return step == self.first or (step + 1) % 10 == 0 or step + 1 == self.stop or bool(self.leave)
+    def picture(self, name):
+        return self.file.with_name(f"{name}.png")
 
-    def log(self, step, warning=None, **row):
+    def due(self, step, last):
+        return step == self.first or (step + 1) % LOG_EVERY == 0 or last
+
+    def save_due(self, step, last):
+        """At the end, when asked to stop, and at the first row that is a minute after the last save."""
+        now = time.perf_counter()
+        due = last or self.due(step, last) and now - self.saved >= SAVE_EVERY
+        self.saved = now if due else self.saved
+        return due and self.rank == 0
+
+    def step(self, step, warning=None, **row):
         """Writes `row` and what every run logs; the only point in the loop that waits for the GPU.
 
         warning: printed once. 20 steps in a row with a gradient that is not finite end the run.
         """
         now, updates = time.perf_counter(), self.count_updates()
-        images, seconds = (step + 1 - self.counted) * self.args.batch, now - self.since
-        row = dict(step=step + 1, epoch=round((step + 1) / self.steps_per_epoch, 3), **row, skipped=step + 1 - updates)
-        row |= dict(images_per_s=round(images / seconds, 1), seconds=round(self.before + now - self.started, 2))
-        self.write(**row)
+        speed = (step + 1 - self.counted) * self.batch / (now - self.since)
+        row = dict(step=step + 1, epoch=round((step + 1) / self.per_epoch, 3), **row, skipped=step + 1 - updates)
+        self.write(**row, images_per_s=round(speed, 1), seconds=round(self.trained + now - self.started, 2))
         self.since, self.counted = now, step + 1
-        show = " ".join(f"{k} {row[k]:.4g}" for k in ("loss", "entropy", "images_per_s", "lr") if k in row)
-        self.bar.set_postfix_str(show)
-        if step - self.first < 20:
-            left = (self.stop - step) * seconds / (images / self.args.batch) / 60
-            self.say(f"step {step + 1}: {show}, about {left:.1f} minutes to go")
+        if step - self.first < 20 or now - self.shown > 30:
+            minutes = (self.stop - step - 1) * self.batch / speed / 60
+            entropy = f", entropy {row['entropy']:.4g}" if "entropy" in row else ""
+            left = f"about {minutes:.1f} minutes to go" if minutes else "done"
+            say(f"step {step + 1} of {self.stop}: loss {row['loss']:.4g}{entropy}, {speed:.0f} images/s, {left}")
+            self.shown = now
         if warning and not self.warned:
-            self.say(f"warning at step {step + 1}: {warning}")
+            say(f"warning at step {step + 1}: {warning}")
             self.warned = True
         if updates > self.updates:
             self.updates, self.moved = updates, step
@@ -1395,43 +1398,15 @@ class Run:
             why = f"{step - self.moved} steps in a row had a gradient that is not finite"
             raise SystemExit(f"stopped at step {step + 1}: {why}; try a lower --lr. {row}")
 
-    def knn_when_due(self, step):
-        """Measures and logs k-NN after each tenth of the epochs, and at the end. All processes take part."""
-        every = max(1, self.args.epochs // 10) * self.steps_per_epoch
-        if self.sets is None or step + 1 < self.stop and (step + 1) % every:
-            return
-        start, epoch = time.perf_counter(), round((step + 1) / self.steps_per_epoch, 3)
-        accuracy = self.knn()
-        self.write(step=step + 1, epoch=epoch, knn=accuracy)
-        left = (self.stop - step - 1) * (time.perf_counter() - self.started) / (step + 1 - self.first) / 60
-        self.say(
-            f"epoch {epoch:g}: k-NN {self.with_error(accuracy)}" + f", about {left:.1f} minutes to go" * (left > 0)
-        )
-        self.since += time.perf_counter() - start
-
-    def save_due(self, step):
-        """At the end of an epoch or after 5 minutes, when asked to stop, and at the end; only on process 0.
-
-        An epoch can take a second: saves are a minute apart, and take at most a fiftieth of the time.
-        """
-        since, epoch_ends = time.perf_counter() - self.saved, (step + 1) % self.steps_per_epoch == 0
-        rested = since >= max(self.minute, 50 * self.saving)
-        due = step + 1 == self.stop or self.leave or rested and (epoch_ends or since > 300)
-        return bool(due) and self.rank == 0
-
-    def save(self, step):
-        """Writes last.pt: what training needs to resume, and the encoder."""
-        start = time.perf_counter()
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= dict(step=step + 1, seconds=self.before + start - self.started)
-        state |= dict(options=vars(self.args), images=self.images, script=self.script)
-        save_checkpoint(self.out / "last.pt", state | dict(encoder=self.vit.state_dict(), config=self.config))
-        self.saved = time.perf_counter()
-        self.saving = self.saved - start
-        self.since += self.saving  # images_per_s is that of training alone
+    def accuracy(self, step, text, **row):
+        """Writes an accuracy, and prints it as `text`. The time that it took does not count for images_per_s."""
+        epoch = round((step + 1) / self.per_epoch, 3)
+        self.write(step=step + 1, epoch=epoch, **row)
+        say(f"epoch {epoch:g}: {text}")
+        self.since, self.counted = time.perf_counter(), step + 1
 
     def draw_curve(self, key="knn"):
-        """Draws curve.png: the loss, and k-NN beside that of raw pixels and of the untrained network, over epochs."""
+        """Draws curve.png: the loss, and `key` beside raw pixels and the network before training, over epochs."""
         from matplotlib.figure import Figure  # importing it takes half a second
 
         rows, figure = self.rows(), Figure((8, 3), layout="constrained")
@@ -1441,30 +1416,71 @@ class Run:
             points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label="trained")
             axes.set(xlabel="epoch", title=titles[name])
-        for key, style in (("knn_pixels", ":"), ("knn_untrained", "--"), ("knn_start", "--")):
-            for value in (row[key] for row in rows if key in row):
-                right.axhline(value, color="grey", linestyle=style, label=key[4:])
-        if self.sets:
+        for name, style in (("knn_pixels", ":"), ("knn_untrained", "--"), ("knn_start", "--")):
+            for value in (row[name] for row in rows if name in row):
+                right.axhline(value, color="grey", linestyle=style, label=name[4:])
+        if right.get_legend_handles_labels()[1]:
             right.legend()
-        figure.savefig(self.out / "curve.png", dpi=100)
+        figure.savefig(self.picture("curve"), dpi=100)
 
-    def warn_if_little_was_learned(self, knn, knn_pixels, step, loss, seconds, knn_untrained=None, knn_start=None):
-        """At the end: k-NN within two standard errors of that before training, or below that of raw pixels."""
-        start = knn_untrained if knn_start is None else knn_start
-        what = f"k-NN {self.with_error(knn)}, before training {start:.1f}, raw pixels {knn_pixels:.1f}"
-        if knn <= start + 2 * (start * (100 - start) / len(self.sets[1])) ** 0.5:
-            self.say(f"warning: little was learned ({what}). See 'When it does not learn' in README.md")
-        elif knn < knn_pixels:
-            self.say(f"no better than raw pixels yet ({what}). See 'When it does not learn' in README.md")
 
-    def finish(self):
-        """Prints and returns the result of a run that has reached its end."""
-        self.bar.close()
-        result = {}
-        if self.rank == 0:
-            result = self.last("knn_pixels", "knn_untrained", "knn_start", "step", "loss", "knn", "seconds")
-            if self.stop == self.total and result.get("knn") is not None:
-                self.warn_if_little_was_learned(**result)
-        result["checkpoint"] = str(self.out / "last.pt")
-        self.say(to_json(result))
+class Monitor:
+    """k-NN accuracy of an encoder while it trains: k = 20, T = 0.07, at most 800 test images among 4,000.
+
+    Only on process 0, and only where there are labelled test images: elsewhere `due` is always false.
+    """
+
+    def __init__(self, args, vit, config, train, test, device):
+        self.args, self.vit, self.config, self.device = args, vit, config, device
+        small = lambda images: images.subset(4000).at(resize_side(config["img_size"]), quiet=True)
+        self.sets = (small(train), small(test)) if test is not None and processes()[0] == 0 else None
+        if test is None:
+            say("no k-NN: this needs two classes, and labelled test images")
+
+    def due(self, step, last, log):
+        """After each tenth of the epochs, and at the end; not where a run is asked to stop, which may be in a hurry."""
+        every = max(1, self.args.epochs // 10) * log.per_epoch
+        return self.sets is not None and (step + 1 == log.stop or (step + 1) % every == 0 and not last)
+
+    def knn(self, encode=None):
+        """The accuracy of the ViT or of encode(x), percent."""
+        training, encode = self.vit.training, encode or (lambda x: self.vit.encode(x, self.config["feature"]))
+        self.vit.eval()
+        how = (self.config, self.device, self.args.precision, 256, self.args.workers)
+        (a, la), (b, lb) = ((features(encode, s, *how), s.labels.to(self.device)) for s in self.sets)
+        self.vit.train(training)
+        return round(knn(a, la, b, lb)[20][0], 2)
+
+    def text(self, accuracy):
+        """The accuracy with its standard error."""
+        return f"{accuracy:.1f} ± {(accuracy * (100 - accuracy) / len(self.sets[1])) ** 0.5:.1f} %"
+
+    def before(self, log):
+        """Measures k-NN of raw pixels and of the network before training, where the run begins."""
+        if self.sets is None or log.first:
+            return
+        found = {"knn_pixels": self.knn(pixels), "knn_start" if self.args.init else "knn_untrained": self.knn()}
+        log.write(**found)
+        values = ", ".join(f"{k[4:]} {self.text(v)}" for k, v in found.items())
+        say(f"k-NN before training, {len(self.sets[1])} test images: {values}")
+
+    def measure(self, step, log, **row):
+        accuracy = self.knn()
+        log.accuracy(step, f"k-NN {self.text(accuracy)}", knn=accuracy, **row)
+
+    def verdict(self, log):
+        """At the end: warns where k-NN is within two standard errors of that before training, or below raw pixels'."""
+        result = log.last("knn_pixels", "knn_untrained", "knn_start", "step", "loss", "knn", "seconds")
+        total = self.args.epochs * log.per_epoch
+        if self.sets is not None and log.stop == total and result.get("knn") is not None:
+            start = result.get("knn_start", result.get("knn_untrained"))
+            what = (
+                f"k-NN {self.text(result['knn'])}, before training {start:.1f}, raw pixels {result['knn_pixels']:.1f}"
+            )
+            if result["knn"] <= start + 2 * (start * (100 - start) / len(self.sets[1])) ** 0.5:
+                say(f"warning: little was learned ({what}). See 'When it does not learn' in README.md")
+            elif result["knn"] < result["knn_pixels"]:
+                say(f"no better than raw pixels yet ({what}). See 'When it does not learn' in README.md")
+        result["checkpoint"] = str(Path(self.args.out, "last.pt"))
+        say(to_json(result))
         return result

@@ -31,16 +31,16 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_knn import open_encoder, open_labelled, report
+from eval_knn import open_encoder, open_labelled, report, shared_features
 from linear import WITH_LABELS, Classifier, accuracies, sample_crops, save_classifier, share_of_labels, stages_of
 
 # isort: off
 from vit import InputError, ViT  # 1 network
-from vit import mean_and_std, prepare  # 2 images
+from vit import batches, mean_and_std, prepare  # 2 images
 from vit import crop_resize  # 3 views
-from vit import autocast, cosine, mean_over_processes, my_rows, optimizer_step, processes  # 4 training step
-from vit import features  # 5 evaluation
-from vit import COUNT, SHARE, Run, cli, launch, options  # 7 runs
+from vit import autocast, cosine, distribute, inner, mean_over_processes, optimizer_step, processes, shard  # 4 training
+from vit import resume, save  # 6 checkpoints
+from vit import COUNT, SHARE, Log, cli, describe, launch, options, steps  # 7 runs
 
 OPTIONS = WITH_LABELS | dict(
     out=(None, "folder for classifier.pt and the run (runs/finetune-NAME)"),
@@ -96,11 +96,12 @@ def mixed_loss(net, imgs, labels, weight, smoothing):
     return (weight * loss(labels) + (1 - weight) * loss(labels[other])).mean()
 
 
-def finetune_step(net, optimizer, scaler, imgs, labels, draws, lr, size, args):
+def finetune_step(model, optimizer, scaler, imgs, labels, draws, lr, size, args):
     """One optimiser step. Returns the loss, (), still on the device."""
+    net = inner(model)
     x = (crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size) - net.mean) / net.std
     with autocast(x.device, args.precision):
-        loss = mixed_loss(net, x, labels, draws["weight"], args.smoothing)
+        loss = mixed_loss(model, x, labels, draws["weight"], args.smoothing)
     scaler.scale(loss).backward()
     optimizer_step(optimizer, scaler, lr, None, clip=0)
     return loss.detach()
@@ -120,6 +121,8 @@ def finetune(args, vit, train, test, config, device):
     norm = "layer" if feature == "mean" else "none"
     net = Classifier(vit, len(train.classes), feature, norm=norm, ratio=args.drop_ratio).to(device)
     net.mean, net.std = mean_and_std(config, device)
+    if norm == "layer":
+        vit.norm.requires_grad_(False)  # it has no part in the result
     optimizer = torch.optim.AdamW(layer_groups(net, args.layer_decay, args.weight_decay), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     batch = min(args.batch, len(train)) // (2 * world) * 2 * world
@@ -132,47 +135,47 @@ def finetune(args, vit, train, test, config, device):
     name = Path(args.checkpoint).parent.name if Path(args.checkpoint).stem == "last" else Path(args.checkpoint).stem
     name += "-scratch" * args.scratch + f"-drop{args.drop_ratio}" * (args.drop_ratio > 0)
     args.out = args.out or f"runs/finetune-{name}"
-    run = Run(args, net, vit, optimizer, scaler, train, None, __file__)
-    run.resume()
-    net.train()
+    parts, per_epoch = dict(net=net, optimizer=optimizer, scaler=scaler), len(train) // batch
+    total, size = args.epochs * per_epoch, config["img_size"][0]
+    describe(args, train, vit)
+    first, lines = resume(args, parts, len(train), __file__)
+    log = Log(args, lines, first, total, optimizer)
+    model = distribute(net.train())
 
-    labels, start, first = train.labels.to(device), time.perf_counter(), run.first
-    warmup = min(5, args.epochs / 10) * run.steps_per_epoch
-    for step, imgs in run.steps(train):
-        lr = cosine(step, run.total, args.lr * batch / 256, 1e-6, warmup)
-        draws = my_rows(sample_mixes(args, step, train.side), device)
-        y = labels[torch.as_tensor(run.index).to(device, non_blocking=True)]
-        loss = finetune_step(net, optimizer, scaler, imgs, y, draws, lr, config["img_size"][0], args)
-        if run.log_due(step):
+    labels, start = train.labels.to(device), time.perf_counter()
+    keys = batches(len(train), batch, first, total, args.seed)  # which images a step gets
+    for (step, imgs, last), (index, _) in zip(steps(train, args, first, total, device), keys, strict=True):
+        lr = cosine(step, total, args.lr * batch / 256, 1e-6, min(5, args.epochs / 10) * per_epoch)
+        draws = shard(sample_mixes(args, step, train.side), device)
+        y = labels[torch.as_tensor(index).to(device, non_blocking=True)]
+        loss = finetune_step(model, optimizer, scaler, imgs, y, draws, lr, size, args)
+        if log.due(step, last):
             value = mean_over_processes(loss).item()
-            run.log(step, loss=value, lr=lr)
+            log.step(step, loss=value, lr=lr)
             if not value < 100 * math.log(len(train.classes)):
                 raise InputError(f"the loss is {value:.3g}: lower --lr")
-        if (step + 1) % run.steps_per_epoch == 0:
-            paused = time.perf_counter()
-            logits = features(net.eval(), test, config, device, args.precision, args.batch, args.workers)
+        if (step + 1) % per_epoch == 0:
+            logits = shared_features(net.eval(), test, config, device, args.precision, args.batch, args.workers)
             net.train()
             accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
-            run.write(step=step + 1, epoch=(step + 1) // run.steps_per_epoch, accuracy=accuracy)
-            run.since += time.perf_counter() - paused
-        if run.save_due(step):
-            run.save(step)
-            run.draw_curve("accuracy")
+            log.accuracy(step, f"accuracy {accuracy:.1f} %", accuracy=accuracy)
+        if log.save_due(step, last):
+            save(args, parts, vit, config, step, log, __file__)
+            log.draw_curve("accuracy")
     seconds = time.perf_counter() - start
     if rank == 0:
-        save_classifier(run.out / "classifier.pt", net.eval(), config, train.classes)
-    run.bar.close()
+        save_classifier(Path(args.out, "classifier.pt"), net.eval(), config, train.classes)
     gmacs = macs(vit.config, config["img_size"], args.drop_ratio, len(train.classes)) / 1e9
-    last = run.last("accuracy", "seconds") if rank == 0 else dict(accuracy=None, seconds=0)
+    last = log.last("accuracy", "seconds") if rank == 0 else dict(accuracy=None, seconds=0)
     result = dict(finetuned=last["accuracy"], scratch=args.scratch, drop_ratio=args.drop_ratio, gmacs=round(gmacs, 4))
     result |= dict(feature=feature, norm=norm, train=len(train), test=len(test), minutes=round(last["seconds"] / 60, 2))
-    if run.stop > first:
-        result["training_images_per_s"] = round((run.stop - first) * batch / seconds, 1)
+    if total > first:
+        result["training_images_per_s"] = round((total - first) * batch / seconds, 1)
     if args.drop_ratio:
         some = test.subset(256)
         imgs = torch.stack([some[i, 0.5] for i in range(len(some))]).to(device)
         result["speed"] = speed(net.eval(), prepare(imgs, config), args.drop_ratio)
-    return result | dict(classifier=str(run.out / "classifier.pt"))
+    return result | dict(classifier=str(Path(args.out, "classifier.pt")))
 
 
 @torch.no_grad()

@@ -29,14 +29,14 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_knn import EVALUATION, open_encoder, open_labelled, report
+from eval_knn import EVALUATION, gather, open_encoder, open_labelled, report, shared_features
 
 # isort: off
 from vit import InputError, ViT, drop_path, gather_tokens, pooled  # 1 network
 from vit import batches, mean_and_std, seeded, stream  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
-from vit import autocast, cosine, my_rows, processes  # 4 training step
-from vit import features, gather, pixels  # 5 evaluation
+from vit import autocast, cosine, shard, processes  # 4 training step
+from vit import pixels  # 5 evaluation
 from vit import load_checkpoint, reading, save_checkpoint  # 6 checkpoints
 from vit import COUNT, SHARE, cli, launch, options  # 7 runs
 
@@ -154,7 +154,8 @@ def apply(args, vit, config, device):
     if unknown:
         raise InputError(f"--data {args.data} has classes that were not trained: {', '.join(unknown[:5])}")
     own = [classes.index(c) for c in test.classes]
-    logits = features(net.to(device).eval(), test, config, device, args.precision, args.batch, args.workers)[:, own]
+    how = (config, device, args.precision, args.batch, args.workers)
+    logits = shared_features(net.to(device).eval(), test, *how)[:, own]
     accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
     return dict(accuracy=accuracy, test=len(test), classes=len(own))
 
@@ -191,8 +192,8 @@ def probe(args, encode, train, test, config, device):
     """
     rank, world = processes()
     classes, how = len(train.classes), (config, device, args.precision, args.batch, args.workers)
-    y, test_x = train.labels.to(device), features(encode, test, *how)
-    x = None if args.augment else features(encode, train, *how)
+    y, test_x = train.labels.to(device), shared_features(encode, test, *how)
+    x = None if args.augment else shared_features(encode, train, *how)
 
     def pairs(n, batch, total):  # features and labels of the batches of a run over the first n images
         if not args.augment:
@@ -201,7 +202,7 @@ def probe(args, encode, train, test, config, device):
         keys, small = list(batches(n, batch, 0, total, args.seed)), SimpleNamespace(**vars(args) | dict(batch=batch))
         mean, std = mean_and_std(config, device)
         for step, ((index, _), imgs) in enumerate(zip(keys, stream(train, keys, device, args.workers), strict=True)):
-            draws = my_rows(sample_crops(small, step, train.side), device)
+            draws = shard(sample_crops(small, step, train.side), device)
             with torch.no_grad(), autocast(device, args.precision):
                 crops = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], config["img_size"][0])
                 found = encode((crops - mean) / std).float()
@@ -217,7 +218,7 @@ def probe(args, encode, train, test, config, device):
     tried, n = {}, len(train)
     kept = n - max(n // 10, min(classes, n // 2))  # held out: a tenth, but as many as classes, and at most half
     if 1 < kept < n and len(args.rates) > 1:
-        held = features(encode, train.pick(range(kept, n)), *how) if x is None else x[kept:]
+        held = shared_features(encode, train.pick(range(kept, n)), *how) if x is None else x[kept:]
         norm, weight, bias = fit(kept, args.rates)
         tried = dict(zip(args.rates, accuracies(norm(held) @ weight + bias, y[kept:]), strict=True))
     rate = max(tried, key=tried.get) if tried else args.rates[len(args.rates) // 2]

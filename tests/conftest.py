@@ -45,10 +45,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """An empty folder; runs log every step and may save at every epoch's end; signal handlers do not outlive a test."""
+    """An empty folder; runs log and may save at every step; signal handlers do not outlive a test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vit.Run, "minute", 0)
-    monkeypatch.setattr(vit.Run, "log_due", lambda self, step: True)
+    monkeypatch.setattr(vit, "SAVE_EVERY", 0)
+    monkeypatch.setattr(vit, "LOG_EVERY", 1)
     old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for s, handler in old.items():
@@ -125,7 +125,7 @@ def network(*more, method="dino", channels=3, side=16, size=None):
     vars(args).update(getattr(module, "ABLATIONS", {}).get(vars(args).get("ablate"), {}))
     torch.manual_seed(0)
     net = NETWORK[method](
-        vit.shape_of(args, channels) | (dict(img_size=size) if size else {}), args, [0.5] * channels, [0.3] * channels
+        vit.vit_kwargs(args, channels) | (dict(img_size=size) if size else {}), args, [0.5] * channels, [0.3] * channels
     )
     for p in net.parameters():  # away from zero biases, unit gains and equal teachers
         p.data += 0.05 * torch.randn_like(p)

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import vit  # noqa: E402
 
-vit.Run.minute = 0
+vit.SAVE_EVERY = 0
 vit.IN_MEMORY = int(os.environ.get("IN_MEMORY", vit.IN_MEMORY))
 sys.argv = sys.argv[1:]
 sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a script; runpy does not

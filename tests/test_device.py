@@ -125,7 +125,7 @@ def test_no_blocking_copies_in_a_step(method):
     net, imgs = net.cuda(), torch.zeros(8, 3, 16, 16, dtype=torch.uint8, device="cuda")
     module, parts = MODULE[method], vit.adamw(net, args.precision)
     schedule = SimpleNamespace(lr=1e-3, weight_decay=0.0, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False)
-    draws = vit.my_rows(module.sample_step(args, 0, 16), "cuda")
+    draws = vit.shard(module.sample_step(args, 0, 16), "cuda")
     module.train_step(net, *parts, imgs, draws, schedule, args)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -41,8 +41,10 @@ def test_kl_vanishes_in_both_collapses():
     for outputs, expected in ((uniform, math.log(k)), (one_hot, 0)):
         found = dino.dino_loss(outputs, outputs[:2], torch.zeros(k))
         close(torch.stack(found), torch.tensor([expected, expected, 0.0]))
-    assert "uniform" in dino.collapse(math.log(k), 0.0, k) and "one prototype" in dino.collapse(0.0, 0.0, k)
-    assert dino.collapse(1.5, 0.5, k) is None
+    assert "uniform" in dino.collapse_warning(math.log(k), 0.0, k) and "one prototype" in dino.collapse_warning(
+        0.0, 0.0, k
+    )
+    assert dino.collapse_warning(1.5, 0.5, k) is None
 
 
 @pytest.mark.parametrize("name", ["mse", "infonce"])
@@ -69,7 +71,7 @@ def test_head_prototypes_have_unit_norm_unless_told_otherwise():
     head.prototypes.data *= torch.rand(6, 1) + 0.5  # their length does not matter
     torch.testing.assert_close(head(x), before)
     assert before.abs().max() <= 1 + 1e-5  # a cosine
-    assert not head.length.requires_grad and dino.DINOHead(8, 6, norm_last_layer=False).length.requires_grad
+    assert not head.weight_g.requires_grad and dino.DINOHead(8, 6, norm_last_layer=False).weight_g.requires_grad
 
 
 @pytest.fixture
@@ -211,7 +213,9 @@ def test_attention_mask_holds_the_mass_with_as_few_patches_as_can_be():
 def test_collapse_is_named(npz, capsys):
     dino.main(tiny("--lr", 0, "--teacher-temp", 10, "--steps", 20))
     assert "COLLAPSED, the same output for all images: uniform" in capsys.readouterr().out
-    assert "targets are nearly one-hot" in dino.collapse(0.08, 0.45, 1024)  # seen on photos, while k-NN stood still
-    assert dino.collapse(1.0, 0.7, 1024) is None and "one prototype" in dino.collapse(0.01, 0.02, 1024)
+    assert "targets are nearly one-hot" in dino.collapse_warning(
+        0.08, 0.45, 1024
+    )  # seen on photos, while k-NN stood still
+    assert dino.collapse_warning(1.0, 0.7, 1024) is None and "one prototype" in dino.collapse_warning(0.01, 0.02, 1024)
     dino.main(tiny("--teacher-temp", 0.02, "--steps", 20, out="healthy"))
     assert "COLLAPSED" not in capsys.readouterr().out

@@ -41,7 +41,7 @@ def test_vit():
 
 def test_dino_head():
     z, weights = golden("dino_head")
-    weights["prototypes"], weights["length"] = weights.pop("last_layer.weight_v"), weights.pop("last_layer.weight_g")
+    weights["prototypes"], weights["weight_g"] = weights.pop("last_layer.weight_v"), weights.pop("last_layer.weight_g")
     head = dino.DINOHead(z["z"].shape[1], 64, hidden=64, bottleneck=32)
     head.load_state_dict(weights)
     close(head(z["z"]), z["logits"])

@@ -13,7 +13,7 @@ def step(weight, method="hybrid", norms=False):
     """The statistics of one step of the hybrid, or of the part of it that is one of the two methods."""
     net, args = network("--weight", weight, "--drop-path", 0, "--clip", 0, method="hybrid")
     imgs = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    part = dict(hybrid=net, mae=net.mae, dino=dino.DINO(vit.shape_of(args, 3), args, [0.5] * 3, [0.3] * 3))[method]
+    part = dict(hybrid=net, mae=net.mae, dino=dino.DINO(vit.vit_kwargs(args, 3), args, [0.5] * 3, [0.3] * 3))[method]
     if method == "dino":
         part.student, part.teacher = net.student, net.teacher
     args.method, args.ablate = method, None

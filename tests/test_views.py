@@ -122,7 +122,7 @@ def as_rank(monkeypatch, world):
 def test_draws_do_not_depend_on_who_asks(monkeypatch):
     g = lambda: vit.seeded(3, 17)
     whole = dino.sample_views(8, 2, 32, (0.4, 1), [1.0, 0.1], [0.0, 0.2], 1.0, g())
-    first, second = (vit.my_rows(whole, "cpu") for _ in as_rank(monkeypatch, 2))
+    first, second = (vit.shard(whole, "cpu") for _ in as_rank(monkeypatch, 2))
     for k, v in whole.items():
         assert torch.equal(torch.cat([first[k], second[k]]), v)
     batches = [list(vit.batches(20, 8, 0, 5, 3)) for world in (1, 2) for _ in as_rank(monkeypatch, world)]

@@ -23,7 +23,7 @@ from torch import nn  # noqa: E402
 
 import bench  # noqa: E402
 import siameseim  # noqa: E402
-from vit import InputError, ViT, cli, shape_of  # noqa: E402
+from vit import InputError, ViT, cli, vit_kwargs  # noqa: E402
 
 
 def old_packages():
@@ -77,7 +77,7 @@ def authors_dino(args, device):
     import utils
     import vision_transformer as vits
 
-    shape, norm = shape_of(args, 3), functools.partial(nn.LayerNorm, eps=1e-6)
+    shape, norm = vit_kwargs(args, 3), functools.partial(nn.LayerNorm, eps=1e-6)
 
     def net(drop_path):
         size = dict(embed_dim=shape["dim"], depth=shape["depth"], num_heads=shape["heads"], mlp_ratio=4, qkv_bias=True)
@@ -110,7 +110,7 @@ def authors_dino(args, device):
 
 
 def mae_like(run, /, **more):
-    shape = shape_of(run, 3)
+    shape = vit_kwargs(run, 3)
     size = dict(img_size=run.img_size, patch_size=run.patch, embed_dim=shape["dim"], depth=shape["depth"])
     size |= dict(num_heads=shape["heads"], mlp_ratio=4, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
     decoder = dict(decoder_embed_dim=run.decoder_dim, decoder_depth=run.decoder_depth)
@@ -130,8 +130,8 @@ def authors_pcae(args, device):
 
     student = models_mae.PCAEViT(**mae_like(args)).to(device)
     teacher = models_mae.PCAEViT(**mae_like(args, use_decoder=False)).to(device).requires_grad_(False)
-    if student.decoder_pred.out_features != shape_of(args, 3)["dim"]:  # right for ViT-B alone
-        student.decoder_pred = nn.Linear(args.decoder_dim, shape_of(args, 3)["dim"]).to(device)
+    if student.decoder_pred.out_features != vit_kwargs(args, 3)["dim"]:  # right for ViT-B alone
+        student.decoder_pred = nn.Linear(args.decoder_dim, vit_kwargs(args, 3)["dim"]).to(device)
     imgs = torch.randn(args.batch, 3, args.img_size, args.img_size, device=device)
 
     def loss_of(i):
@@ -178,7 +178,7 @@ def lightly_dino(args, device):
     from lightly.models.modules import DINOProjectionHead
     from lightly.models.utils import update_momentum
 
-    shape = shape_of(args, 3)
+    shape = vit_kwargs(args, 3)
     size = dict(img_size=args.img_size, patch_size=args.patch, embed_dim=shape["dim"], depth=shape["depth"])
     size |= dict(num_heads=shape["heads"], num_classes=0, dynamic_img_size=True)
 
@@ -207,7 +207,7 @@ def lightly_mae(args, device):
     from lightly.models import utils
     from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
 
-    shape, tokens = shape_of(args, 3), math.prod(ViT.grid_of([args.img_size] * 2, args.patch))
+    shape, tokens = vit_kwargs(args, 3), math.prod(ViT.grid_of([args.img_size] * 2, args.patch))
     size = dict(img_size=args.img_size, patch_size=args.patch, embed_dim=shape["dim"], depth=shape["depth"])
     vit = timm.models.vision_transformer.VisionTransformer(**size, num_heads=shape["heads"], num_classes=0)
     net = nn.Module()

@@ -41,8 +41,8 @@ import siameseim
 # isort: off
 from vit import InputError  # 1 network
 from vit import Images, in_order, stream  # 2 images
-from vit import DTYPES, adamw, my_rows  # 4 training step
-from vit import COUNT, cli, launch, options, settle, shape_of  # 7 runs
+from vit import DTYPES, adamw, shard  # 4 training step
+from vit import COUNT, cli, launch, options, settle, vit_kwargs  # 7 runs
 
 METHODS = dict(dino=(dino, dino.DINO), mae=(mae_pcae, mae_pcae.MAE), pcae=(mae_pcae, mae_pcae.PCAE))
 METHODS |= dict(siameseim=(siameseim, siameseim.SiameseIM), hybrid=(hybrid, hybrid.Hybrid))
@@ -67,14 +67,14 @@ def our_step(args, device):
     """A function (i, uint8 images) that does one step of a method, and the parts that `clocked` watches."""
     script, make = METHODS[args.method]
     torch.manual_seed(0)
-    net = make(shape_of(args, 3), args, [0.5] * 3, [0.25] * 3).to(device)
+    net = make(vit_kwargs(args, 3), args, [0.5] * 3, [0.25] * 3).to(device)
     optimizer, scaler = adamw(net, args.precision)
     schedule = SimpleNamespace(lr=1e-4, weight_decay=0.04, momentum=0.996, teacher_temp=0.04, freeze_last_layer=False)
     if args.compile:
         net.compile()
 
     def step(i, imgs):
-        draws = my_rows(script.sample_step(args, i, imgs.shape[-1]), device)
+        draws = shard(script.sample_step(args, i, imgs.shape[-1]), device)
         script.train_step(net, optimizer, scaler, imgs, draws, schedule, args)
 
     return step, dict(script=script, net=net, optimizer=optimizer)

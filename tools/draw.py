@@ -24,7 +24,7 @@ from tools.convert import HARMLESS, read_encoder
 from vit import InputError, ViT  # 1 network
 from vit import decode, mean_and_std, prepare, reading, resize_side, square  # 2 images
 from vit import load_checkpoint  # 6 checkpoints
-from vit import COUNT, DEVICE, cli, launch, options, shape_of  # 7 runs
+from vit import COUNT, DEVICE, cli, launch, options, vit_kwargs  # 7 runs
 
 OPTIONS = dict(
     checkpoint=(None, "last.pt of a run, a file of weights/, the authors' or timm's", dict(flag="checkpoint")),
@@ -44,7 +44,7 @@ def load_network(file, config, device):
         return None
     with reading(file, "run"):
         args = Namespace(**state["options"])
-        net = NETWORKS[args.method](shape_of(args, config["in_chans"]), args, config["mean"], config["std"])
+        net = NETWORKS[args.method](vit_kwargs(args, config["in_chans"]), args, config["mean"], config["std"])
         net.load_state_dict(state["net"])
     net = net.to(device).eval()
     return net.mae if args.method == "hybrid" else net
