@@ -1,5 +1,6 @@
 """The contracts of a training run: resume, processes, micro-batches, signals, wrong input."""
 
+import contextlib
 import functools
 import json
 import math
@@ -227,7 +228,7 @@ def test_the_log_has_what_the_design_promises(method, npz, monkeypatch):
     here = os.getcwd()
     monkeypatch.undo()  # logging as users have it
     os.chdir(here)
-    monkeypatch.setattr(vit.Run, "minute", 0)
+    monkeypatch.setattr(vit, "SAVE_EVERY", 0)
     MAIN[method](tiny(method=method))
     rows = log()
     assert rows[0].keys() == {"args", "images"} and rows[0]["args"]["batch"] == 8 and rows[0]["images"] == 64
@@ -280,28 +281,32 @@ def test_fp16_with_its_scaler(method, npz):
     assert checkpoint()["scaler"]["scale"] > 0
 
 
-def test_saves_rest_a_minute_and_fifty_times_their_duration():
-    run, now = object.__new__(vit.Run), time.perf_counter()
-    run.rank, run.stop, run.leave, run.steps_per_epoch, run.minute, run.saving = 0, 1000, 0, 10, 60, 0.1
-    due = lambda ago, step: (setattr(run, "saved", now - ago), run.save_due(step))[1]
-    assert due(70, 9) and not due(70, 10) and not due(50, 9) and due(400, 10)  # an epoch's end, or five minutes
-    assert due(0, 999)  # the end
-    run.saving = 10
-    assert not due(400, 9) and due(600, 9)
-    run.leave = signal.SIGINT
-    assert due(0, 5)
-    run.rank = 1
-    assert not due(0, 999)
+def test_saves_are_a_minute_apart(monkeypatch):
+    monkeypatch.undo()  # rows and saves as users have them
+    log = vit.Log(
+        vit.argparse.Namespace(out=".", batch=8), ['{"images": 64}'], 0, 1000, torch.optim.SGD([torch.ones(1)])
+    )
+    due = lambda ago, step, last=False: (setattr(log, "saved", time.perf_counter() - ago), log.save_due(step, last))[1]
+    assert due(61, 9) and not due(61, 8) and not due(59, 9)  # with a row of the log
+    assert due(0, 8, last=True)  # the end, or asked to stop
+    log.rank = 1
+    assert not due(61, 9)
 
 
-def test_a_second_ctrl_c_leaves_at_once_but_a_second_sigterm_does_not():
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_ctrl_c_leaves_at_once_but_a_second_sigterm_does_not(second):
     """Under torchrun SIGTERM to a whole group reaches a process twice: from the sender and from torchrun."""
-    run = object.__new__(vit.Run)
-    run.asked, run.rank = 0, 0
-    run.on_signal(signal.SIGTERM, None), run.on_signal(signal.SIGTERM, None)
-    assert run.asked == signal.SIGTERM
-    with pytest.raises(SystemExit):
-        run.on_signal(signal.SIGINT, None)
+    images, before = vit.Images(torch.zeros(8, 3, 4, 4, dtype=torch.uint8)), signal.getsignal(signal.SIGINT)
+    loop = vit.steps(images, vit.argparse.Namespace(batch=4, seed=0, workers=0), 0, 9, "cpu")
+    assert not next(loop)[2]
+    signal.raise_signal(signal.SIGTERM)
+    with contextlib.nullcontext() if second == signal.SIGTERM else pytest.raises(SystemExit):
+        signal.raise_signal(second)
+    step, _, last = next(loop)
+    assert step == 1 and last
+    with pytest.raises(SystemExit) as stop:
+        next(loop)
+    assert stop.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGINT) is before
 
 
 @everywhere
