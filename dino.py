@@ -50,7 +50,7 @@ from vit import four, prepare, seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
 from vit import adamw, autocast, cosine, distribute, ema_update, inner, mean_over_processes  # 4 training step
 from vit import micro_batches, optimizer_step, shard
-from vit import Monitor, attention_mask, save_grid  # 5 evaluation
+from vit import Monitor, save_grid  # 5 evaluation
 from vit import encoder_config, resume, save, start_from  # 6 checkpoints
 from vit import COMMON, COUNT, MANY, SHARE, Log, ablate, by_preset, check_momentum, cli, describe, launch  # 7 runs
 from vit import load_data, options, step_memory, steps, vit_kwargs
@@ -313,21 +313,16 @@ def collapse_warning(entropy, kl, prototypes):
 
 
 @torch.no_grad()
-def draw_attention(vit, x, mean, std, file, tile=96):
-    """Saves, for images x (B, C, h, w), each head's attention of the CLS token (last block), and 60 % of it as a mask.
+def attention_columns(vit, x, mean, std):
+    """Images x (B, C, h, w) and each head's attention of the CLS token in the last block, for save_grid.
 
-    mean, std (C, 1, 1): those with which x was normalised. tile: the long side of each picture, px.
+    mean, std (C, 1, 1): those with which x was normalised.
     """
     maps = vit.attention(x, queries=1)[:, :, 0, 1:]  # (B, H, N)
-    grid = lambda t: rearrange(t.float(), "b h (i j) -> b h 1 i j", i=x.shape[-2] // vit.patch)
-    zoom = lambda t, **mode: torch.stack([F.interpolate(m, size=x.shape[-2:], **mode) for m in t.unbind(1)], dim=1)
-    heat = zoom(grid(maps / maps.amax(dim=-1, keepdim=True)), mode="bicubic").clamp(0, 1)
-    heat = torch.cat([(3 * heat - k).clamp(0, 1) for k in range(3)], dim=2)  # black, red, yellow, white
-    img = (x * std + mean)[:, None]
-    masked = img * (0.15 + 0.85 * zoom(grid(attention_mask(maps))))
-    columns = {f"head {i}": h for i, h in enumerate(heat.unbind(1), 1)}
-    columns |= {f"head {i}: 60 %": m for i, m in enumerate(masked.unbind(1), 1)}
-    save_grid(dict(image=x * std + mean) | columns, file, tile)
+    heat = rearrange(maps / maps.amax(dim=-1, keepdim=True), "b h (i j) -> b h i j", i=x.shape[-2] // vit.patch)
+    heat = F.interpolate(heat.float(), size=x.shape[-2:], mode="bicubic").clamp(0, 1)
+    heat = torch.stack([(3 * heat - k).clamp(0, 1) for k in range(3)], dim=2)  # black, red, yellow, white
+    return dict(image=x * std + mean) | {f"head {i}": h for i, h in enumerate(heat.unbind(1), 1)}
 
 
 def check(args):
@@ -386,13 +381,13 @@ def main(argv=None, images=None, backbone=ViT):
             late = step >= args.warmup * per_epoch
             warning = collapse_warning(entropy, kl, args.prototypes) if late else None
             log.step(step, warning, loss=loss, entropy=entropy, kl=kl, grad_norm=norm, lr=schedule.lr)
-        if monitor.due(step, last, log):
-            monitor.measure(step, log)
+        monitor.when_due(step, last, log)
         if log.save_due(step, last):
-            save(args, parts, encoder, config, step, log, __file__)
+            save(args, parts, encoder, config, step, log)
             log.draw_curve()
-            draw_attention(encoder, prepare(four(train, device), config), net.mean, net.std, log.picture("attention"))
-    return monitor.verdict(log)
+            sample = prepare(four(train, device), config)
+            save_grid(attention_columns(encoder, sample, net.mean, net.std), log.picture("attention"))
+    return monitor.result(args, log)
 
 
 if __name__ == "__main__":

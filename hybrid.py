@@ -37,7 +37,7 @@ from vit import ViT  # 1 network
 from vit import four, prepare  # 2 images
 from vit import adamw, autocast, distribute, ema_update, inner, mean_over_processes, micro_batches  # 4 training step
 from vit import optimizer_step, shard
-from vit import Monitor  # 5 evaluation
+from vit import Monitor, save_grid  # 5 evaluation
 from vit import encoder_config, resume, save, start_from  # 6 checkpoints
 from vit import COUNT, SHARE, Log, by_preset, check_momentum, cli, describe, launch, load_data  # 7 runs
 from vit import options, step_memory, steps, vit_kwargs
@@ -163,15 +163,14 @@ def main(argv=None, images=None, backbone=ViT):
             kl = row["cl"] - row["entropy"]
             warning = dino.collapse_warning(row["entropy"], kl, args.prototypes) if late else None
             log.step(step, warning, **row)
-        if monitor.due(step, last, log):
-            monitor.measure(step, log)
+        monitor.when_due(step, last, log)
         if log.save_due(step, last):
-            save(args, parts, encoder, config, step, log, __file__)
+            save(args, parts, encoder, config, step, log)
             log.draw_curve()
             sample = prepare(four(train, device), config)
-            dino.draw_attention(encoder, sample, net.mean, net.std, log.picture("attention"))
+            save_grid(dino.attention_columns(encoder, sample, net.mean, net.std), log.picture("attention"))
             mae_pcae.draw(net.mae, sample, log.picture("reconstruction"))
-    return monitor.verdict(log)
+    return monitor.result(args, log)
 
 
 if __name__ == "__main__":

@@ -344,14 +344,13 @@ def main(argv=None, images=None, backbone=ViT):
             flat = min(pred_std, target_std) < 1e-3 and step >= args.warmup * per_epoch
             warning = "COLLAPSED: predictions or targets no longer differ" if flat else None
             log.step(step, warning, loss=loss, pred_std=pred_std, target_std=target_std, grad_norm=norm, lr=schedule.lr)
-        if monitor.due(step, last, log):
-            monitor.measure(step, log)
+        monitor.when_due(step, last, log)
         if log.save_due(step, last):
-            save(args, parts, encoder, config, step, log, __file__)
+            save(args, parts, encoder, config, step, log)
             log.draw_curve()
             name = dict(mae="reconstruction", pcae="tokens")[args.method]
             draw(net, prepare(four(train, device), config), log.picture(name))
-    return monitor.verdict(log)
+    return monitor.result(args, log)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
@@ -97,9 +96,16 @@ OPTIONS = COMMON | dict(
 # model and loss ------------------------------------------------------------------------------------------------------
 
 
-def mean_with_gradient(x):
-    """The mean over processes. The backward of all_reduce sums, so the gradient is a mean over processes too."""
-    return torch.distributed.nn.functional.all_reduce(x) / dist.get_world_size()
+class MeanOverProcesses(torch.autograd.Function):
+    """The mean of x over processes. As each process has a loss of its own, gradients are averaged too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return mean_over_processes(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return mean_over_processes(grad.clone())
 
 
 class TokenBatchNorm(nn.Module):
@@ -113,8 +119,8 @@ class TokenBatchNorm(nn.Module):
         if not (dist.is_initialized() and self.training):
             return F.batch_norm(x.flatten(0, 1), None, None, self.weight, self.bias, True, eps=self.eps).view_as(x)
         y = x.float()
-        mean = mean_with_gradient(y.mean(dim=(0, 1)))
-        var = mean_with_gradient((y - mean).square().mean(dim=(0, 1)))
+        mean = MeanOverProcesses.apply(y.mean(dim=(0, 1)))
+        var = MeanOverProcesses.apply((y - mean).square().mean(dim=(0, 1)))
         return ((y - mean) * (var + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 
@@ -420,15 +426,14 @@ def main(argv=None, images=None, backbone=ViT):
             warning = "COLLAPSED: targets no longer differ from token to token" if flat else None
             row = dict(loss=loss, uniformity=uniformity, target_std=target_std, grad_norm=norm, lr=schedule.lr)
             log.step(step, warning, **row)
-        if monitor.due(step, last, log):
-            monitor.measure(step, log)
+        monitor.when_due(step, last, log)
         if log.save_due(step, last):
-            save(args, parts, encoder, config, step, log, __file__)
+            save(args, parts, encoder, config, step, log)
             log.draw_curve()
             net.eval()  # process 0 draws alone: BatchNorm must not wait for the others
             draw_pairs(net, four(train, device), sample_step(args, 0, train.side), args, log.picture("views"))
             net.train()
-    return monitor.verdict(log)
+    return monitor.result(args, log)
 
 
 if __name__ == "__main__":

@@ -279,9 +279,6 @@ def decode(file, side=None):
             img = img.convert("RGBA")
             img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
         img, (w, h) = img.convert("RGB"), img.size
-        if max(w, h) > 4 * min(w, h):  # of a strip the middle, or its long side would be huge
-            w, h = min(w, 4 * h), min(h, 4 * w)
-            img = ImageOps.fit(img, (w, h))
         if min(w, h) != side:
             img = img.resize([max(side, round(s * side / min(w, h))) for s in (w, h)], Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()
@@ -410,8 +407,7 @@ class Images(torch.utils.data.Dataset):
 
 def four(images, device):
     """Four images, evenly spaced, for the pictures of a run: uint8 (4, C, S, S) on the device."""
-    some = images.subset(4).at(images.side, quiet=True)
-    return torch.stack([some[i, 0.5] for i in range(len(some))]).to(device)
+    return next(stream(some := images.subset(4), in_order(some, 4), device, workers=0))
 
 
 def list_images(root):
@@ -998,18 +994,9 @@ def cli(main):
     return wrapped
 
 
-def count(n, word):
-    """A number with its noun: 1 step, 2 steps, 1.5 epochs, 2 processes."""
-    return f"{n:g} {word}" + ("" if n == 1 else "es" if word[-1] == "s" else "s")
-
-
 def to_json(x):
     """One line of JSON; null for numbers that are not finite, which JSON does not have."""
-    if isinstance(x, dict):
-        return "{" + ", ".join(f"{json.dumps(str(k))}: {to_json(v)}" for k, v in x.items()) + "}"
-    if isinstance(x, (list, tuple)):
-        return "[" + ", ".join(map(to_json, x)) + "]"
-    return "null" if isinstance(x, float) and not math.isfinite(x) else json.dumps(x)
+    return json.dumps(json.loads(json.dumps(x), parse_constant=lambda name: None))
 
 
 def number(kind, low, high=math.inf):
@@ -1080,7 +1067,7 @@ def settle(args, table, side, count=1, gpu=True):
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
     if isinstance(args.epochs, str):  # "300000 images"
         args.epochs = max(1, round(int(args.epochs.split()[0]) / count))
-    args.warmup = args.epochs / 10 if args.warmup is None else args.warmup
+    args.warmup = args.epochs / 10 if args.warmup is None else min(args.warmup, args.epochs)
     top = args.img_size or (min(48, side) if args.preset == "cpu" else side)
     if isinstance(args.patch, str):  # "1/8 of the image"
         args.patch = max(1, top // int(args.patch[2]))
@@ -1105,20 +1092,6 @@ def vit_kwargs(args, in_chans):
     return dict(SIZES[args.size], img_size=args.img_size, patch=args.patch, in_chans=in_chans)
 
 
-def world_size():
-    """How many processes torchrun started, by its environment; 1 without it."""
-    names = ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR")
-    world, rank, port, address = (os.environ.get(name, "") for name in names)
-    if world in ("", "1"):
-        return 1
-    if not (address and all(n.isdecimal() for n in (world, rank, port)) and int(rank) < int(world)):
-        found = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
-        raise InputError(
-            f"{found}: several processes need all of {', '.join(names)}. Use torchrun, or unset WORLD_SIZE"
-        )
-    return int(world)
-
-
 def launch(args, alone=False):
     """The device; joins the other processes if torchrun started this one (`alone`: refuses); settles --precision."""
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
@@ -1126,22 +1099,25 @@ def launch(args, alone=False):
     if not has.get(kind.split(":")[0]):
         raise InputError(f"--device {kind}: not on this machine, which has {', '.join(k for k in has if has[k])}")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
-    gpu, world = device.type == "cuda", world_size()
-    if alone and world > 1:
+    gpu, several = device.type == "cuda", os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    if alone and several:
         raise InputError("this runs in one process: start it without torchrun")
     if gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        if world == 1 < torch.cuda.device_count():
-            print(f"uses 1 of {torch.cuda.device_count()} GPUs: start it with torchrun to use more", file=sys.stderr)
+        if torch.cuda.device_count() > 1 and not several:
+            note(f"uses 1 of {torch.cuda.device_count()} GPUs: start it with torchrun to use more")
     if args.precision == "auto":
         cpu = Path("/proc/cpuinfo")
         flags = cpu.read_text() if device.type == "cpu" and cpu.exists() else ""
         fast = "avx512_bf16" in flags or "amx_bf16" in flags or gpu and torch.cuda.is_bf16_supported(False)
         args.precision = "bf16" if fast else "fp16" if gpu else "fp32"
-    if world > 1 and not dist.is_initialized():  # process 0 may download and decode for long while the others wait
-        wait = datetime.timedelta(hours=2)
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=wait, device_id=device if gpu else None)
+    if several and not dist.is_initialized():  # process 0 may download and decode for long while the others wait
+        how = dict(timeout=datetime.timedelta(hours=2), device_id=device if gpu else None)
+        try:
+            dist.init_process_group("nccl" if gpu else "gloo", **how)
+        except ValueError as e:  # a variable is missing, or no number
+            raise InputError(f"several processes need all that torchrun sets ({e}): unset WORLD_SIZE for one") from None
     return device
 
 
@@ -1169,9 +1145,6 @@ def load_data(args, table, device, images=None):
     if args.batch % shares or args.batch > len(train):
         parts = f"{world} process(es) x {args.accumulate} micro-batches"
         raise InputError(f"--batch {args.batch} of {len(train)} images cannot be shared by {parts}")
-    if args.warmup > args.epochs:
-        args.warmup = args.epochs
-        note(f"warning: the warm-up is longer than the run: --warmup {args.warmup}")
     return train, test
 
 
@@ -1218,16 +1191,17 @@ def say(text):
 
 
 def describe(args, images, vit, memory=0):
-    """Prints what will be trained, on what, and how long; `memory`: what step_memory counted, in bytes."""
+    """Prints what will be trained, on what, and how long. memory: what step_memory counted, in bytes."""
+    params, world = list(vit.parameters()), processes()[1]
     if args.method != "finetune":
-        size = sum(p.numel() for p in vit.parameters()) / 1e6
-        shape = f"{args.size} ViT of {size:.1f} million parameters, {args.img_size} px in patches of {args.patch}"
+        shape = f"{sum(p.numel() for p in params) / 1e6:.1f} million parameters, {args.img_size} px"
         why = "; made for a computer without a GPU" if args.preset == "cpu" else ""
-        say(f"{args.method}, preset {args.preset} (--preset for another{why}): {shape}")
+        preset = f"{args.method}, preset {args.preset} (--preset for another{why})"
+        say(f"{preset}: {args.size} ViT of {shape} in patches of {args.patch}")
     seen = args.epochs * (len(images) // args.batch) * args.batch
     plan = f"{args.epochs} x {len(images)} images, {seen} in all, in batches of {args.batch}"
     plan += f", about {memory / 2**30:.1f} GiB of memory" * (memory > 0)
-    say(f"{plan}; {args.device or 'device'}, {args.precision}, {count(processes()[1], 'process')} -> {args.out}")
+    say(f"{plan}; {params[0].device.type}, {args.precision}, {world} process{'es' * (world > 1)} -> {args.out}")
 
 
 def encoder_config(args, net, vit):
@@ -1236,45 +1210,42 @@ def encoder_config(args, net, vit):
     return config | {k: getattr(net, k).flatten().tolist() for k in ("mean", "std")}
 
 
-def digest(script):
-    return hashlib.sha256(Path(script).read_bytes()).hexdigest()
-
-
 def resume(args, parts, images, script):
     """Loads args.out/last.pt, if it is there, into `parts`. Returns how many steps were done, and the log's lines.
 
     parts: name -> what training needs to resume (network, optimizer, scaler). images: the number of training images.
     script: the method's file. Raises InputError if last.pt is of a run with other options or images.
     """
-    file, now = Path(args.out, "last.pt"), vars(args)
+    file, digest = Path(args.out, "last.pt"), hashlib.sha256(Path(script).read_bytes()).hexdigest()
+    now = dict(args=vars(args), images=images, script=digest)
     if not file.exists():
-        return 0, [to_json(dict(args=now, images=images))]
+        return 0, [to_json(now)]
     state = load_checkpoint(file)
-    if not isinstance(state, dict) or not {"options", "step", "images", "log", *parts} <= state.keys():
+    if not isinstance(state, dict) or not {"step", "log", *parts} <= state.keys():
         raise InputError(f"{file} is not a checkpoint of such a run: remove it, or give another --out")
-    old = dict(state["options"])
-    if "data" in old and Path(old["data"]).resolve() == Path(args.data).resolve():
-        old["data"] = args.data  # photos, photos/ and ./photos are one folder
-    differ = [k for k in {**old, **now} if k not in MAY_CHANGE and old.get(k) != now.get(k)]
+    then, old, new = json.loads(state["log"][0]), state["options"], vars(args)
+    same_data = Path(old.get("data", "")).resolve() == Path(new.get("data", "")).resolve()  # photos, ./photos, photos/
+    differ = [
+        k for k in old | new if k not in MAY_CHANGE and old.get(k) != new.get(k) and not (k == "data" and same_data)
+    ]
     if differ:
-        what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {now.get(k)})" for k in differ[:4])
+        what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {new.get(k)})" for k in differ[:4])
         why = f"give another --out, or --init {file} to start from its encoder"
         raise InputError(f"{args.out} holds a run with {what}: {why}")
-    if state["images"] != images:
-        changed = f"a run on {state['images']} images, now there are {images}"
+    if then["images"] != images:
+        changed = f"a run on {then['images']} images, now there are {images}"
         raise InputError(f"{args.out} holds {changed}: restore the images, or give another --out")
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    if state["script"] != digest(script):
-        note(f"warning: the script has changed since {file} was saved; another --out begins a new run")
+    if then["script"] != digest:
+        note("warning: the script has changed since this run began; another --out begins a new one")
     return state["step"], state["log"]
 
 
-def save(args, parts, vit, config, step, log, script):
+def save(args, parts, vit, config, step, log):
     """Writes args.out/last.pt after `step`, on process 0: what resume needs, and the encoder."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= dict(step=step + 1, options=vars(args), images=json.loads(log.lines[0])["images"], script=digest(script))
-    save_checkpoint(Path(args.out, "last.pt"), state | dict(log=log.lines, encoder=vit.state_dict(), config=config))
+    state = {name: part.state_dict() for name, part in parts.items()} | dict(options=vars(args), log=log.lines)
+    save_checkpoint(Path(args.out, "last.pt"), state | dict(step=step + 1, encoder=vit.state_dict(), config=config))
 
 
 def steps(images, args, first, stop, device):
@@ -1338,8 +1309,7 @@ class Log:
             except OSError as e:
                 raise InputError(f"--out {args.out} cannot be written ({e})") from None
         if first >= stop:
-            done = f"{count(round(first / self.per_epoch, 2), 'epoch')} ({count(first, 'step')})"
-            say(f"{args.out} is already trained for {done}, nothing to do: give another --out for a new run")
+            say(f"{args.out} is already trained, {first} steps, nothing to do: give another --out for a new run")
         elif first:
             say(f"resumes after step {first} of {stop}")
 
@@ -1427,29 +1397,24 @@ class Log:
 class Monitor:
     """k-NN accuracy of an encoder while it trains: k = 20, T = 0.07, at most 800 test images among 4,000.
 
-    Only on process 0, and only where there are labelled test images: elsewhere `due` is always false.
+    On process 0 alone, and where there are labelled test images.
     """
 
     def __init__(self, args, vit, config, train, test, device):
-        self.args, self.vit, self.config, self.device = args, vit, config, device
+        self.vit, self.config, self.how = vit, config, (config, device, args.precision, 256, args.workers)
         small = lambda images: images.subset(4000).at(resize_side(config["img_size"]), quiet=True)
         self.sets = (small(train), small(test)) if test is not None and processes()[0] == 0 else None
+        self.every, self.start = max(1, args.epochs // 10), "knn_start" if args.init else "knn_untrained"
         if test is None:
             say("no k-NN: this needs two classes, and labelled test images")
-
-    def due(self, step, last, log):
-        """After each tenth of the epochs, and at the end; not where a run is asked to stop, which may be in a hurry."""
-        every = max(1, self.args.epochs // 10) * log.per_epoch
-        return self.sets is not None and (step + 1 == log.stop or (step + 1) % every == 0 and not last)
 
     def knn(self, encode=None):
         """The accuracy of the ViT or of encode(x), percent."""
         training, encode = self.vit.training, encode or (lambda x: self.vit.encode(x, self.config["feature"]))
         self.vit.eval()
-        how = (self.config, self.device, self.args.precision, 256, self.args.workers)
-        (a, la), (b, lb) = ((features(encode, s, *how), s.labels.to(self.device)) for s in self.sets)
+        (x, y), (test_x, test_y) = ((features(encode, s, *self.how), s.labels) for s in self.sets)
         self.vit.train(training)
-        return round(knn(a, la, b, lb)[20][0], 2)
+        return round(knn(x, y.to(x.device), test_x, test_y.to(x.device))[20][0], 2)
 
     def text(self, accuracy):
         """The accuracy with its standard error."""
@@ -1457,30 +1422,28 @@ class Monitor:
 
     def before(self, log):
         """Measures k-NN of raw pixels and of the network before training, where the run begins."""
-        if self.sets is None or log.first:
-            return
-        found = {"knn_pixels": self.knn(pixels), "knn_start" if self.args.init else "knn_untrained": self.knn()}
-        log.write(**found)
-        values = ", ".join(f"{k[4:]} {self.text(v)}" for k, v in found.items())
-        say(f"k-NN before training, {len(self.sets[1])} test images: {values}")
+        if self.sets and not log.first:
+            found = {"knn_pixels": self.knn(pixels), self.start: self.knn()}
+            log.write(**found)
+            values = ", ".join(f"{k[4:]} {self.text(v)}" for k, v in found.items())
+            say(f"k-NN before training, {len(self.sets[1])} test images: {values}")
 
-    def measure(self, step, log, **row):
-        accuracy = self.knn()
-        log.accuracy(step, f"k-NN {self.text(accuracy)}", knn=accuracy, **row)
+    def when_due(self, step, last, log):
+        """After each tenth of the epochs, and at the end; not where the run was asked to stop, which may be urgent."""
+        if self.sets and (step + 1 == log.stop or (step + 1) % (self.every * log.per_epoch) == 0 and not last):
+            accuracy = self.knn()
+            log.accuracy(step, f"k-NN {self.text(accuracy)}", knn=accuracy)
 
-    def verdict(self, log):
-        """At the end: warns where k-NN is within two standard errors of that before training, or below raw pixels'."""
-        result = log.last("knn_pixels", "knn_untrained", "knn_start", "step", "loss", "knn", "seconds")
-        total = self.args.epochs * log.per_epoch
-        if self.sets is not None and log.stop == total and result.get("knn") is not None:
-            start = result.get("knn_start", result.get("knn_untrained"))
-            what = (
-                f"k-NN {self.text(result['knn'])}, before training {start:.1f}, raw pixels {result['knn_pixels']:.1f}"
-            )
-            if result["knn"] <= start + 2 * (start * (100 - start) / len(self.sets[1])) ** 0.5:
-                say(f"warning: little was learned ({what}). See 'When it does not learn' in README.md")
-            elif result["knn"] < result["knn_pixels"]:
-                say(f"no better than raw pixels yet ({what}). See 'When it does not learn' in README.md")
-        result["checkpoint"] = str(Path(self.args.out, "last.pt"))
-        say(to_json(result))
-        return result
+    def result(self, args, log):
+        """What main returns and prints. Warns where k-NN is within two standard errors of that before training."""
+        found = log.last("knn_pixels", self.start, "step", "loss", "knn", "seconds")
+        if self.sets and "knn" in found and log.stop == args.epochs * log.per_epoch:
+            knn, start, raw = found["knn"], found[self.start], found["knn_pixels"]
+            what = f"(k-NN {self.text(knn)}, before training {start:.1f}, raw pixels {raw:.1f}). "
+            if knn <= start + 2 * (start * (100 - start) / len(self.sets[1])) ** 0.5:
+                say(f"warning: little was learned {what}See 'When it does not learn' in README.md")
+            elif knn < raw:
+                say(f"no better than raw pixels yet {what}See 'When it does not learn' in README.md")
+        found["checkpoint"] = str(Path(args.out, "last.pt"))
+        say(to_json(found))
+        return found

@@ -160,7 +160,7 @@ def finetune(args, vit, train, test, config, device):
             accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
             log.accuracy(step, f"accuracy {accuracy:.1f} %", accuracy=accuracy)
         if log.save_due(step, last):
-            save(args, parts, vit, config, step, log, __file__)
+            save(args, parts, vit, config, step, log)
             log.draw_curve("accuracy")
     seconds = time.perf_counter() - start
     if rank == 0:

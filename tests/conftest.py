@@ -169,9 +169,9 @@ def same(a, b):
     return sorted(a.keys() ^ b.keys()) + [k for k in a.keys() & b.keys() if not torch.equal(a[k], b[k])]
 
 
-def command(script, *options, processes=1, quick=False):
+def command(script, *options, processes=1, quick=False, torchrun=("--standalone",)):
     """A script as a user starts it; with torchrun for several processes. quick: as tests/start.py does."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={processes}"] if processes > 1 else []
     launcher += [str(ROOT / "tests/start.py")] if quick else []
     return [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
 

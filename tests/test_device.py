@@ -110,7 +110,7 @@ def test_pictures_on_a_gpu(method, mode, monkeypatch):
     with mode:
         x = torch.zeros(4, 3, 16, 16, device="cuda")
         if method in ("dino", "hybrid"):
-            dino.draw_attention(net.teacher.vit, x, net.mean, net.std, "x.png")
+            vit.save_grid(dino.attention_columns(net.teacher.vit, x, net.mean, net.std), "x.png")
         if method in ("mae", "pcae", "hybrid"):
             mae_pcae.draw(net.mae if method == "hybrid" else net, x, "x.png")
         if method == "siameseim":

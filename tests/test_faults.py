@@ -1,5 +1,6 @@
 """Faults that cost time to provoke; longer: KILLS=50 SOAK=2000 python -m pytest -m slow tests/test_faults.py"""
 
+import functools
 import os
 import random
 import signal
@@ -49,29 +50,35 @@ def kill_at_random_moments(name, argv, out="run"):
 
     Moments are between half and twice the time that a first start needs for its first save on this machine.
     """
-    moments, resumed, started, process = random.Random(0), 0, time.time(), spawn(argv)
+    moments, resumed, started, group = random.Random(0), 0, time.time(), dict(start_new_session=True)
+    process = spawn(argv, **group)
     wait_for(process, lambda: os.path.exists(f"{out}/last.pt"))
     ready = time.time() - started
-    process.kill(), process.communicate()
+    os.killpg(process.pid, signal.SIGKILL), process.communicate()
     for _ in range(KILLS):
-        process = spawn(argv)
+        process = spawn(argv, **group)
         time.sleep(moments.uniform(0.5 * ready, 2 * ready))
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun and its workers too
         resumed += "resumes after step" in process.communicate()[0]
         assert process.returncode == -9
     print(f"{name}: {resumed} of {KILLS} runs had resumed when they were killed")
     assert resumed >= KILLS // 2
 
 
-@pytest.mark.parametrize("method,in_memory", [*((m, vit.IN_MEMORY) for m in SCRIPT), ("dino", 0)])
-def test_kill_9_at_random_moments(method, in_memory, folder, monkeypatch):
+@pytest.mark.parametrize(
+    "method,in_memory,processes", [*((m, vit.IN_MEMORY, n) for m in SCRIPT for n in (1, 2, 3)), ("dino", 0, 1)]
+)
+def test_kill_9_at_random_moments(method, in_memory, processes, folder, monkeypatch):
     """The run ends with the weights of one left alone; also where two processes decode its images."""
     monkeypatch.setenv("IN_MEMORY", str(in_memory))
-    options = ["--epochs", 5000, "--warmup", 1, "--drop-path", 0.1, "--workers", 2]
-    kill_at_random_moments(method, command(SCRIPT[method], *tiny(*options, data=folder, method=method), quick=True))
-    last = (checkpoint()["step"] if os.path.exists("run/last.pt") else 0) + 10
+    many = dict(processes=processes)
+    options = functools.partial(
+        tiny, "--epochs", 5000, "--warmup", 1, "--drop-path", 0.1, "--workers", 2, data=folder, batch=12, method=method
+    )
+    kill_at_random_moments(f"{method}, {processes}", command(SCRIPT[method], *options(), quick=True, **many))
+    last = checkpoint()["step"] + 10
     for out in ("run", "straight"):
-        done = start(SCRIPT[method], *tiny(*options, "--steps", last, data=folder, method=method, out=out), timeout=900)
+        done = start(SCRIPT[method], *options("--steps", last, out=out), timeout=900, **many)
         assert done.returncode == 0, done.stderr[-2000:]
     assert same(checkpoint("straight"), checkpoint()) == []
 
@@ -116,6 +123,40 @@ def test_one_of_two_processes_dies(npz):
     text = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "SIGKILL" in text
     assert not any(map(trains, ranks))
+
+
+def ranks_of(process):
+    return [p for p in children(process.pid) if b"dino.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def test_torchrun_starts_again_after_a_killed_worker(npz):
+    argv = command("dino.py", *tiny("--epochs", 40), processes=2, quick=True)
+    argv.insert(argv.index("--standalone"), "--max-restarts=2")
+    process = spawn(argv)
+    wait_for(process, lambda: os.path.exists("run/last.pt"))
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "resumes after step" in text, text
+    assert start("dino.py", *tiny("--epochs", 40, out="straight"), processes=2).returncode == 0
+    assert same(checkpoint("straight"), checkpoint()) == []
+
+
+def test_two_nodes_train_as_one(npz):
+    """Two torchruns that meet at an address, as on two machines."""
+    exact = ["--precision", "fp32", "--epochs", 5]
+    where = ["--nnodes=2", "--master-addr=127.0.0.1", "--master-port=29511"]
+    nodes = [
+        spawn(
+            command("dino.py", *tiny(*exact, out="nodes", batch=8), processes=2, torchrun=[*where, f"--node-rank={i}"])
+        )
+        for i in range(2)
+    ]
+    texts = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert "4 processes -> nodes" in texts[0]
+    assert start("dino.py", *tiny(*exact, out="one", batch=8)).returncode == 0
+    one, two = losses("one"), losses("nodes")
+    assert max(abs(one[k] - two[k]) for k in one.keys() & two.keys()) < 1e-5
 
 
 @pytest.mark.parametrize("method", SCRIPT)

@@ -23,7 +23,6 @@ from conftest import (
     MODULE,
     ROOT,
     SCRIPT,
-    SLOW,
     Mine,
     checkpoint,
     close,
@@ -139,15 +138,32 @@ def test_accumulation_is_the_whole_batch(method, npz):
     nearly("whole", "parts", method)
 
 
-@pytest.mark.parametrize("method", ["dino", "mae", "siameseim", SLOW["pcae"], SLOW["hybrid"]])
-def test_two_processes_are_one(method, npz):
-    MAIN[method](tiny(*EXACT, "--epochs", 5, batch=16, out="one", method=method))
+@pytest.mark.parametrize(
+    "method,processes",
+    [("dino", 2), ("mae", 2), ("siameseim", 2)]
+    + [pytest.param(*x, marks=pytest.mark.slow) for x in (("pcae", 2), ("hybrid", 2), *((m, 3) for m in MAIN))],
+)
+def test_several_processes_are_one(method, processes, npz):
+    """With micro-batches, and with prototypes that are frozen at first."""
+    exact = [*EXACT, "--epochs", 5, *(["--freeze-last-layer", 1] if method in ("dino", "hybrid") else [])]
+    MAIN[method](tiny(*exact, batch=12, out="one", method=method))
     parts = 1 if method == "siameseim" else 2  # its BatchNorm is over all processes, not over micro-batches
-    options = tiny(*EXACT, "--epochs", 5, "--accumulate", parts, batch=16, out="two", method=method)
-    done = start(SCRIPT[method], *options, processes=2)
+    options = tiny(*exact, "--accumulate", parts, batch=12, out="several", method=method)
+    done = start(SCRIPT[method], *options, processes=processes)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 processes -> two" in done.stdout
-    nearly("one", "two", method)
+    assert f"{processes} processes -> several" in done.stdout and "Warning" not in done.stderr, done.stderr
+    nearly("one", "several", method)
+
+
+@pytest.mark.slow
+@everywhere
+def test_compile_in_two_processes(method, npz):
+    exact = [*EXACT, "--steps", 2]
+    MAIN[method](tiny(*exact, out="eager", method=method))
+    done = start(SCRIPT[method], *tiny(*exact, "--compile", out="fused", method=method), processes=2, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [*losses("fused").values()] == pytest.approx([*losses("eager").values()], rel=1e-3)
+    assert tensors(checkpoint("fused")["net"]).keys() == tensors(checkpoint("eager")["net"]).keys()
 
 
 @dino_fast

@@ -14,6 +14,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dino
 import hybrid
@@ -23,6 +26,7 @@ from tools.convert import HARMLESS, read_encoder
 # isort: off
 from vit import InputError, ViT  # 1 network
 from vit import decode, mean_and_std, prepare, reading, resize_side, square  # 2 images
+from vit import attention_mask, save_grid  # 5 evaluation
 from vit import load_checkpoint  # 6 checkpoints
 from vit import COUNT, DEVICE, cli, launch, options, vit_kwargs  # 7 runs
 
@@ -59,6 +63,15 @@ def read_square(file, config, device):
     return prepare(img.to(device), config)
 
 
+@torch.no_grad()
+def masked_columns(vit, x, image):
+    """The patches that hold 60 % of each head's attention; the rest of the image is dark."""
+    kept = attention_mask(vit.attention(x, queries=1)[:, :, 0, 1:]).float()  # (B, H, N)
+    kept = F.interpolate(kept.unflatten(2, (-1, x.shape[-1] // vit.patch)), size=x.shape[-2:])
+    shown = image[:, None] * (0.15 + 0.85 * kept[:, :, None])
+    return {f"head {i}: 60 %": column for i, column in enumerate(shown.unbind(1), 1)}
+
+
 @cli
 def main(argv=None):
     args = options(__doc__, OPTIONS, argv, precision="fp32")
@@ -74,7 +87,9 @@ def main(argv=None):
     for name in args.files:
         x = read_square(name, config | dict(img_size=size), device)
         written.append(out / f"attention-{Path(name).stem}.png")
-        dino.draw_attention(vit, x, mean, std, written[-1], args.img_size or 96)
+        columns = dino.attention_columns(vit, x, mean, std)
+        columns |= masked_columns(vit, x, columns["image"])
+        save_grid(columns, written[-1], args.img_size or 96)
         if net:
             written.append(out / f"{kind}-{Path(name).stem}.png")
             mae_pcae.draw(net, read_square(name, config, device), written[-1])
