@@ -2,7 +2,8 @@
 
     python eval_knn.py runs/dino-demo/last.pt                                  # on the data it was trained on
     python eval_knn.py dino_deitsmall16_pretrain.pth --data imagenet/          # the authors' weights
-    torchrun --nproc-per-node=2 eval_knn.py runs/dino-demo/last.pt --dump features.npz
+    torchrun --nproc-per-node=2 eval_knn.py runs/dino-demo/last.pt
+    python eval_knn.py a.pt --hits a.npz; python eval_knn.py b.pt --against a.npz      # is b better than by chance?
 
 A test image gets the label of its k nearest training images, each of which votes with exp(s / T), where s is the cosine
 similarity and T = 0.07 (Wu et al., arXiv 1805.01978; DINO, arXiv 2104.14294, appendix F.1). Measured for the CLS token
@@ -14,6 +15,7 @@ Differs from the authors' code: any number of test images and classes; k is at m
 process group is needed.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,9 @@ from tools.convert import read_encoder
 
 # isort: off
 from vit import InputError, ViT  # 1 network
-from vit import open_images, resize_side  # 2 images
-from vit import mean_over_processes, processes  # 4 training step
-from vit import features, knn, pixels  # 5 evaluation
+from vit import open_images, reading, resize_side  # 2 images
+from vit import processes  # 4 training step
+from vit import features, knn_hits, pixels  # 5 evaluation
 from vit import COUNT, DATA_HELP, DEVICE, MANY, PRECISION, cli, launch, options, to_json  # 7 runs
 
 EVALUATION = dict(  # the options of every evaluation
@@ -48,7 +50,8 @@ OPTIONS = EVALUATION | dict(
     k=((1, 5, 10, 20, 100, 200), "numbers of neighbours", COUNT | MANY),
     temperature=(0.07, "of the votes"),
     baselines=(True, "also measure raw pixels and the untrained network"),
-    dump=(None, "write train_cls, train_mean, train_labels, test_..., classes to this .npz", dict(metavar="FILE")),
+    hits=(None, "write which test images were right to this .npz, for k = 20 (or the first k)", dict(metavar="FILE")),
+    against=(None, "compare with such a file of another encoder, by McNemar's test", dict(metavar="FILE")),
 )
 
 
@@ -97,9 +100,23 @@ def shared_features(encode, images, *how):
         return features(encode, images, *how)
     if len(images) < world:
         raise InputError(f"{len(images)} images are too few for {world} processes")
-    mine = features(encode, images.pick(range(rank, len(images), world)), *how)
-    mine = F.pad(mine, (0, 0, 0, -(-len(images) // world) - len(mine)))  # shares differ by one
-    return torch.stack(gather(mine), dim=1).flatten(0, 1)[: len(images)]
+    return collect(features(encode, images.pick(range(rank, len(images), world)), *how), len(images))
+
+
+def collect(mine, n):
+    """All n rows, of which each process has every world-th from its rank on."""
+    world = processes()[1]
+    mine = F.pad(mine, (0, 0) * (mine.ndim - 1) + (0, -(-n // world) - len(mine)))  # shares differ by one
+    return torch.stack(gather(mine), dim=1).flatten(0, 1)[:n]
+
+
+def mcnemar(a, b):
+    """McNemar's exact test of two bool arrays (N,) over the same images: how often a alone and b alone are right, and
+    the probability of a difference as large, or larger, if both were equally good.
+    """
+    alone = [int((a & ~b).sum()), int((b & ~a).sum())]
+    tail = sum(math.comb(sum(alone), i) for i in range(min(alone) + 1))
+    return *alone, min(1.0, 2 * tail / 2 ** sum(alone))
 
 
 def report(task, args, config, results):
@@ -118,8 +135,8 @@ def main(argv=None):
     args = options(__doc__, OPTIONS, argv)
     if args.temperature <= 0:
         raise InputError(f"--temperature {args.temperature} is not above 0")
-    if args.dump and not Path(args.dump).absolute().parent.is_dir():
-        raise InputError(f"--dump {args.dump}: no such folder")
+    if args.hits and not Path(args.hits).absolute().parent.is_dir():
+        raise InputError(f"--hits {args.hits}: no such folder")
     device, (rank, world) = launch(args), processes()
     vit, config = open_encoder(args)
     train, test = open_labelled(args, config)
@@ -138,20 +155,24 @@ def main(argv=None):
     labels = dict(train=train.labels.to(device), test=test.labels.to(device))
 
     ks, results, mine = sorted({min(k, len(train)) for k in args.k}), {}, slice(rank, None, world)
+    k, right = 20 if 20 in ks else ks[0], {}
     for name in names:  # each process finds the neighbours of its share of the test images
         x, y = vectors["test"][name][mine], labels["test"][mine]
-        hits = knn(vectors["train"][name], labels["train"], x, y, ks, args.temperature)
-        right = torch.tensor([hits[k][0] for k in ks], device=device) * len(y) * world / len(test)
-        results[name] = {k: round(v, 3) for k, v in zip(ks, mean_over_processes(right).tolist(), strict=True)}
+        hits = knn_hits(vectors["train"][name], labels["train"], x, y, ks, args.temperature)
+        hits = {k: collect(h[:, 0].byte(), len(test)).bool().cpu().numpy() for k, h in hits.items()}
+        results[name], right[name] = {k: round(100 * h.mean(), 3) for k, h in hits.items()}, hits[k]
     if rank == 0:
         print(f"{'top-1, %':>9}" + "".join(f"{f'k={k}':>8}" for k in ks))
         for name, by_k in results.items():
             print(f"{name:>9}" + "".join(f"{v:8.2f}" for v in by_k.values()) + "  *" * (name == config["feature"]))
-        if args.dump:
-            dump = {f"{s}_{n}": x[n].cpu().numpy() for s, x in vectors.items() for n in ("cls", "mean")}
-            dump |= {f"{s}_labels": y.cpu().numpy() for s, y in labels.items()}
-            with open(args.dump, "wb") as f:
-                np.savez(f, **dump, classes=train.classes)
+        if args.hits:
+            np.savez(args.hits, **right, best=right[config["feature"]])
+    if args.against:
+        with reading(args.against, "file of --hits"), np.load(args.against) as z:
+            ours, theirs, p = mcnemar(right[config["feature"]], z["best"])
+        results["against"] = dict(file=args.against, right_alone=ours, other_right_alone=theirs, p=p)
+        if rank == 0:
+            print(f"right alone: {ours}, {args.against} right alone: {theirs}; by chance with p = {p:.2g} (McNemar)")
     results |= dict(feature=config["feature"], train=len(train), test=len(test))
     return report("knn", args, config, results)
 

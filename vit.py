@@ -834,15 +834,14 @@ def features(encode, images, config, device, precision="fp32", batch=256, worker
     return out
 
 
-def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chunk_bytes=2**28):
+def knn_hits(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chunk_bytes=2**28):
     """Weighted k-NN (Wu et al., arXiv 1805.01978; DINO, appendix F.1): a neighbour votes exp(cosine / temperature).
 
-    train (M, D), test (N, D): features of any length. labels: int64, numbered from 0. Returns {k: (top-1, top-5)} in
-    percent. k is at most M; with fewer than 5 classes or neighbours top-5 is among as many as there are.
+    train (M, D), test (N, D): features of any length. labels: int64, numbered from 0. Returns {k: (N, n)}: whether the
+    first, the second, ... of the n classes with most votes is right. n is at most 5, k and the number of classes.
     """
     train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    hits = {k: torch.zeros(2, device=train.device) for k in ks}
+    classes, hits = int(max(train_labels.max(), test_labels.max())) + 1, {k: [] for k in ks}
     for x, y in zip(*(t.split(max(1, chunk_bytes // (4 * len(train)))) for t in (test, test_labels)), strict=True):
         similar, index = (x @ train.T).topk(min(max(ks), len(train)), dim=1)
         for k in ks:
@@ -850,9 +849,14 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
             weight = ((similar[:, :k] - similar[:, :1]) / temperature).exp()  # relative to the nearest's: none is inf
             votes.scatter_add_(1, train_labels[index[:, :k]], weight)
             best = votes.sort(dim=1, descending=True, stable=True)[1][:, : min(5, k)]  # ties: the lower label
-            right = best == y[:, None]
-            hits[k] += torch.stack([right[:, 0].sum(), right.sum()])
-    return {k: tuple((100 * h / len(test)).tolist()) for k, h in hits.items()}
+            hits[k].append(best == y[:, None])
+    return {k: torch.cat(h) for k, h in hits.items()}
+
+
+def knn(*sets, **how):
+    """k-NN accuracy {k: (top-1, top-5)} in percent; see knn_hits."""
+    hits = knn_hits(*sets, **how)
+    return {k: (100 * h[:, 0].double().mean().item(), 100 * h.any(1).double().mean().item()) for k, h in hits.items()}
 
 
 def token_std(x):

@@ -50,16 +50,27 @@ def test_a_low_temperature_is_the_nearest_alone():
 def test_the_script(npz, capsys):
     dino.main(tiny("--steps", 2))
     capsys.readouterr()
-    result = eval_knn.main(["run/last.pt", "--dump", "f.npz", "--k", "1", "20", "200", "--json", "k.json"])["results"]
+    result = eval_knn.main(["run/last.pt", "--hits", "f.npz", "--k", "1", "20", "200", "--json", "k.json"])["results"]
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [*result["cls"]] == [1, 20, 64]  # there are no 200
     assert last.keys() == {"task", "checkpoint", "method", "data", "args", "results"} and last["task"] == "knn"
     assert last == json.loads(vit.Path("k.json").read_text()) and last["args"]["temperature"] == 0.07
-    for row in ("pixels", "untrained", "cls", "mean"):
+    for row in (names := ("pixels", "untrained", "cls", "mean")):
         assert {str(k): v for k, v in result[row].items()} == last["results"][row]
     alone = eval_knn.main(["run/last.pt", "--k", "1", "20", "200", "--no-baselines", "--limit", "20"])["results"]
     assert "pixels" not in alone and alone["train"] == alone["test"] == 20
     with np.load("f.npz") as z:
-        assert z["train_cls"].shape == (64, 32) and z["test_mean"].shape == (24, 32)
-        brute = brute_force(z["train_cls"], z["train_labels"], z["test_cls"], z["test_labels"], 20)
-    assert result["cls"][20] == pytest.approx(brute, abs=0.01)
+        assert {k: round(100 * z[k].mean(), 3) for k in names} == {k: result[k][20] for k in names}
+        assert z["best"].tolist() == z["cls"].tolist() and z["best"].shape == (24,)
+    found = eval_knn.main(["run/last.pt", "--k", "20", "--against", "f.npz"])["results"]["against"]
+    assert found == dict(file="f.npz", right_alone=0, other_right_alone=0, p=1.0)
+
+
+@pytest.mark.parametrize("alone", [(0, 0), (9, 2), (2, 9), (40, 31)])
+def test_mcnemar(alone):
+    """Against a coin that is thrown for each image that one of the two alone gets right."""
+    a = np.array([1] * alone[0] + [0] * alone[1] + [1, 0], bool)
+    b = np.array([0] * alone[0] + [1] * alone[1] + [1, 0], bool)
+    n, farther = sum(alone), abs(alone[0] - alone[1])
+    chance = sum(math.comb(n, i) for i in range(n + 1) if abs(n - 2 * i) >= farther) / 2**n
+    assert eval_knn.mcnemar(a, b) == (*alone, pytest.approx(chance))

@@ -213,7 +213,7 @@ WRONG = {  # a script or method with its options, and words of the one line that
     "dino --ablate no-momentum --momentum 0.5": "--ablate no-momentum sets --momentum 0.0: leave",
     "siameseim --ablate no-color --blur 1 1": "--ablate no-color sets --blur",
     "eval_knn x.pt --temperature 0": "not above 0",
-    "eval_knn x.pt --dump nowhere/f.npz": "no such folder",
+    "eval_knn x.pt --hits nowhere/f.npz": "no such folder",
     "eval_knn x.pt --img-size 15": "not a multiple of the patch size, 4",
     "eval_knn x.pt --data bands.npz": "takes 3 channels, bands.npz has 2",
     "linear x.pt --labels 0": "--labels must be above 0",
