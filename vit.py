@@ -1153,27 +1153,34 @@ def load_data(args, table, device, images=None):
 
 
 def step_memory(args, net, parts, device):
-    """About how many bytes training needs in a process, to a factor of 1.5; refuses more than there is.
+    """About how many bytes training needs in a process, to a factor of 1.5. Where that is more than there is, a GPU
+    gets micro-batches, and a CPU, where memory may be needed by others, an InputError.
 
     parts: (tokens of an image, width, blocks) of all that keeps activations for the backward pass. A block keeps some
     16 numbers a token and channel: the inputs of its norms and linear layers, queries, keys, values, and the MLP's
     hidden layer twice; views some 8 numbers for each of their pixels. Weights that are trained have a gradient and
     AdamW's two moments, a teacher's an update.
     """
-    images, pixels = args.batch // args.accumulate // processes()[1], 8 * args.patch**2 * len(net.mean)
-    kept = images * sum(tokens * (16 * width * blocks + pixels) for tokens, width, blocks in parts)
-    kept *= 4 if args.precision == "fp32" else 2.5
+    world, bytes_each = processes()[1], 4 if args.precision == "fp32" else 2.5
+    image = (
+        sum(n * (16 * width * blocks + 8 * args.patch**2 * len(net.mean)) for n, width, blocks in parts) * bytes_each
+    )
     fixed = sum(p.numel() * (16 if p.requires_grad else 8) for p in net.parameters())
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
     else:
         fixed += 0.75 * 2**30  # Python, PyTorch and Matplotlib alone
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if fixed + kept > there:
-        gib = f"about {(fixed + kept) / 2**30:.1f} GiB of memory, and there are {there / 2**30:.1f}"
-        parts = args.accumulate * math.ceil(kept / (there - fixed)) if there > fixed else args.batch
-        raise InputError(f"a step needs {gib}: give --accumulate {parts} or more, a smaller --batch, or --preset cpu")
-    return fixed + kept
+    need = lambda accumulate: fixed + image * args.batch / accumulate / world
+    if need(args.accumulate) > there:
+        can = [n for n in range(args.accumulate, args.batch + 1) if args.batch % (n * world) == 0 and need(n) <= there]
+        gib = f"about {need(args.accumulate) / 2**30:.1f} GiB of memory, and there are {there / 2**30:.1f}"
+        if device.type != "cuda" or not can:
+            way = f"--accumulate {can[0]}, " if can else ""
+            raise InputError(f"a step needs {gib}: give {way}a smaller --batch or --size, or --preset cpu")
+        args.accumulate = can[0]
+        note(f"--accumulate {can[0]}, as a step needs {gib}")
+    return need(args.accumulate)
 
 
 def check_momentum(momentum, steps):

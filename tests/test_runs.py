@@ -39,7 +39,7 @@ from PIL import Image
 import dino
 import mae_pcae
 import vit
-from conftest import encoder, environment, pictures, same, spawn, start, tensors, tiny, wait_for
+from conftest import encoder, environment, network, pictures, same, spawn, start, tensors, tiny, wait_for
 
 everywhere = pytest.mark.parametrize("method", MAIN)
 EXACT = ["--precision", "fp32", "--drop-path", 0]
@@ -507,7 +507,21 @@ def test_more_memory_than_there_is_is_refused(npz, capsys, monkeypatch):
     pages = 2**30 // os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 2**30 // pages}[name])
     line = fails(dino.main, tiny("--size", "small", batch=64), capsys)
-    assert re.search(r"a step needs about \d\.\d GiB of memory, and there are 1.0: give --accumulate \d+ or more", line)
+    assert re.search(r"a step needs about \d\.\d GiB of memory, and there are 1.0: give a smaller --batch", line)
+
+
+def test_a_gpu_with_little_memory_gets_micro_batches(npz, capsys, monkeypatch):
+    net, args = network("--size", "small", "--batch", 64)
+    need = functools.partial(vit.step_memory, args, net, dino.activations(args), torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    free = 2**40
+    whole = need()
+    free = 0.6 * whole
+    assert need() <= free < whole and 64 % args.accumulate == 0 and args.accumulate > 1
+    assert f"--accumulate {args.accumulate}, as a step needs about" in capsys.readouterr().err
+    free = 2**10
+    with pytest.raises(vit.InputError, match="a smaller --batch or --size"):
+        need()
 
 
 @pytest.mark.slow
