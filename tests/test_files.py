@@ -616,3 +616,29 @@ def test_odd_checkpoints(config, changes, removed, wrapped):
     except vit.InputError:
         return
     assert found(torch.zeros(1, config["in_chans"], *config["img_size"])).shape[-1] == config["dim"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mae", [False, True])
+@pytest.mark.parametrize("kind", ["state dict", "saved"])
+def test_networks_of_hugging_face_give_equal_tokens(mae, kind, tmp_path):
+    from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
+    shape |= dict(image_size=32, patch_size=8, layer_norm_eps=1e-6)
+    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, mask_ratio=0.0)
+    theirs = ViTMAEForPreTraining(ViTMAEConfig(**shape, **decoder)) if mae else ViTModel(ViTConfig(**shape))
+    for p in theirs.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    x, file = torch.randn(2, 3, 32, 32), tmp_path / "model.safetensors"
+    if kind == "saved":
+        theirs.save_pretrained(tmp_path)
+    else:
+        file = tmp_path / "pytorch_model.bin"
+        torch.save(theirs.state_dict(), file)
+    ours, config = convert.read_encoder(file, heads=4)
+    in_order = dict(noise=torch.arange(16.0).repeat(2, 1)) if mae else {}
+    with torch.no_grad():
+        close((theirs.vit if mae else theirs).eval()(x, **in_order).last_hidden_state, ours(x))
+    assert config["depth"] == 3 and config["norm"]

@@ -1,13 +1,15 @@
-"""Others' checkpoints of Vision Transformers as ours: the authors' (DINO, MAE, PCAE, SiameseIM) and timm's.
+"""Others' checkpoints of Vision Transformers as ours: the authors' (DINO, MAE, PCAE, SiameseIM), timm's, transformers'.
 
     python tools/convert.py dino_deitsmall16_pretrain.pth                  # writes dino_deitsmall16_pretrain-ours.pt
     python tools/convert.py vit.pth --heads 12 --out runs/theirs.pt
+    python tools/convert.py model.safetensors                             # ViTModel, ViTMAE (pip install safetensors)
 
 Evaluations and draw.py read these files themselves; --init takes what this writes. Wrappers' prefixes are stripped. The
 vector to evaluate is the CLS token, or the mean patch token where there is no final norm (SiameseIM). Mean and std are
 those of ImageNet. The number of attention heads is not in such files: those that are usual for the width are assumed.
 What would be computed wrongly is refused: a missing tensor, one of another shape, and parts that our ViT does not have
-although they change the output (fc_norm, register tokens, LayerScale, relative positions).
+although they change the output (fc_norm, register tokens, LayerScale, relative positions). Hugging Face's norms add
+1e-12 to the variance where ours, like the authors', add 1e-6.
 """
 
 import argparse
@@ -19,18 +21,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from vit import (  # noqa: E402  # noqa: E402
-    SIZES,
-    InputError,
-    build_encoder,
-    cli,
-    load_checkpoint,
-    load_encoder,
-    note,
-    options,
-    reading,
-    save_checkpoint,
-)
+# isort: off
+from vit import SIZES, InputError  # 1 network
+from vit import note, reading  # 2 images
+from vit import build_encoder, load_checkpoint, load_encoder, save_checkpoint  # 6 checkpoints
+from vit import cli, options  # 7 runs
 
 OPTIONS = dict(
     checkpoint=(None, "the file to convert", dict(flag="checkpoint")),
@@ -43,12 +38,55 @@ HARMLESS += [(f, f"numpy.{core}.multiarray.{f.__name__}") for core in ("core", "
 HARMLESS += [(PurePath, f"pathlib.{name}Path") for name in ("Posix", "Windows", "_local.Posix")]
 KEYS = ("encoder", "model", "model_state_dict", "state_dict", "teacher", "student", "net", "model_ema")
 PREFIXES = re.compile(r"^((module|backbone|_orig_mod|teacher|student|encoder|model|vit|net|base_encoder)\.)+")
-OTHERS = re.compile(r"^(blocks|fc_norm|norm_pre|patch_embed|cls_|reg|storage|dist_)|gamma|rel_pos|relative|rope")
+OTHERS = re.compile(
+    r"^(blocks|fc_norm|norm_pre|patch_embed|cls_|reg|storage|dist_)|gamma|register|rel_pos|relative|rope"
+)
+
+HUGGING_FACE = (  # their names, of transformers 4 and 5, and ours; in this order
+    (r"^embeddings\.cls_token", "cls_token"),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^layernorm\.", "norm."),
+    (r"^layers?\.", "blocks."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+)
+
+
+def from_hugging_face(weights):
+    """The weights under timm's names; queries, keys and values become one matrix."""
+    renamed = {}
+    for name, tensor in weights.items():
+        for theirs, ours in HUGGING_FACE:
+            name = re.sub(theirs, ours, name)
+        renamed[name] = tensor
+    for name in [k for k in renamed if ".attn.q." in k]:
+        parts = [name.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
+        renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
+
+
+def load_file(file):
+    """What a file of torch.save or of safetensors holds."""
+    if not str(file).endswith(".safetensors"):
+        return load_checkpoint(file, HARMLESS)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"{file}: pip install safetensors first") from None
+    with reading(file, "file of safetensors"):
+        return load_file(file)
 
 
 def read_encoder(file, heads=None):
     """The encoder in our file or another's, and its config, as load_encoder gives them: (vit, config)."""
-    found = load_checkpoint(file, HARMLESS)
+    found = load_file(file)
     if isinstance(found, dict) and {"encoder", "config"} <= found.keys():
         return load_encoder(file)
     with reading(file, "ViT"):
@@ -59,6 +97,8 @@ def read_encoder(file, heads=None):
         weights = {PREFIXES.sub("", str(k)): v for k, v in tensors.items()}
         if len(weights) < len(tensors):
             raise InputError(f"{file} holds several networks whose names differ by a prefix: save one of them alone")
+        if any(k.startswith("embeddings.patch_embeddings") for k in weights):
+            weights = from_hugging_face(weights)
         if not {"pos_embed", "patch_embed.proj.weight"} <= weights.keys():
             what = f"no ViT: no pos_embed and patch_embed.proj.weight; its keys: {', '.join(map(str, keys[:8]))}"
             raise InputError(f"{file} holds {what}. Save its weights alone, torch.save(model.state_dict(), FILE)")
