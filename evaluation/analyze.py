@@ -199,7 +199,9 @@ def measure_images(vit, images, config, args, device):
         for depth, x in enumerate(tokens_by_depth(vit, prepare(imgs, config))):
             tokens = x[:, 1:].float()
             bins = fourier_log_amplitude(tokens, grid)
-            note(depth, fourier=bins[:, -1], fourier_without_dc=bins[:, -1] - bins[:, min(1, bins.shape[1] - 1)])
+            note(depth, fourier=bins[:, -1])
+            if bins.shape[1] > 2:  # else the highest frequency is the lowest
+                note(depth, fourier_without_dc=bins[:, -1] - bins[:, 1])
             note(depth, within=mean_cosine(tokens), clustered=mean_cosine(tokens - means[depth]))
             s = singular_values(tokens)
             note(depth, rank=effective_rank(s))
@@ -289,53 +291,78 @@ def verdict(claim, what, a, b):
     return dict(claim=claim, what=what, values=means, margin=margin, error=error, seeds=[len(a), len(b)], verdict=kind)
 
 
+SIDES = dict(dino="cl", mae="mim", pcae="mim")  # what a checkpoint's method says; siameseim and hybrid are both
+CLAIMS = (  # number; measure, of an encoder or of another evaluation; depths; which side is larger or smaller
+    (1, "attention distance, later third", "distance", "later", "cl > mim"),
+    (2, "NMI, later third", "nmi", "later", "cl < mim"),
+    (3, "attention alike across queries, later third", "queries", "later", "cl > mim"),
+    (3, "attention alike across heads, later third", "heads", "later", "cl > mim"),
+    (4, "token cosine, one image, less mean token, last block", "clustered", "last", "cl > mim"),
+    (5, "high against low frequency, all blocks", "fourier", "blocks", "cl < mim"),
+    (6, "share of shape in what neighbours have in common", "shape", "last", "cl > mim"),
+    (7, "linear probe, first third of blocks", "probe", "first", "cl < mim"),
+    (7, "linear probe, last third of blocks", "probe", "later", "cl > mim"),
+    (8, "linear probe", "linear", None, "cl > mim"),
+    (8, "fine-tuned (the paper: ViT-B and larger)", "finetuned", None, "cl < mim"),
+    (9, "linear segmentation, IoU by image (the paper: COCO)", "dense", None, "cl < mim"),
+    (10, "linear probe", "linear", None, "hybrid > cl"),
+    (10, "linear probe", "linear", None, "hybrid > mim"),
+    (10, "fine-tuned", "finetuned", None, "hybrid > cl"),
+    (10, "fine-tuned", "finetuned", None, "hybrid > mim"),
+)
+SHOWN = dict(cl="CL", mim="MIM", hybrid="hybrid")
+
+
+def some_depths(depths, where):
+    """The first or later third of a list by depth, its last entry, or all but the first (the input of block 1)."""
+    third = max(1, len(depths) // 3)
+    return dict(first=depths[:third], later=depths[-third:], last=depths[-1:], blocks=depths[1:])[where]
+
+
+def of_encoder(found, measure, where):
+    """A measure of one encoder at some depths: [(mean, standard error)], or [] where it was not measured."""
+    if measure == "probe" and "linear" in found:  # over depths; the error is that of a share of the test images
+        share = np.mean(some_depths(found["linear"][:-1], where)) / 100
+        return [(100 * share, 100 * math.sqrt(share * (1 - share) / found["test"]))]
+    if measure == "shape" and "shape" in found:
+        values = found["shape"][-1]
+    elif measure in found["images"]:
+        by_depth = found["images"][measure]
+        values = torch.stack([by_depth[d] for d in some_depths(sorted(by_depth), where)]).mean(dim=0)
+    else:
+        return []
+    return [(values.mean().item(), (values.std() / len(values) ** 0.5).item())]
+
+
+def of_results(results, measure, sides):
+    """A measure of linear.py, finetune.py or dense.py for each side: lists of (value, standard error).
+
+    results: (side, JSON). Raises InputError where runs on other data, labels or epochs would be compared.
+    """
+    rows = [(side, r) for side, r in results if measure in r["results"] and side in sides]
+    rows = [(side, r) for side, r in rows if not r["args"].get("scratch") and not r["args"].get("drop_ratio")]
+    if len({(r["data"], r["args"].get("labels"), r["args"].get("epochs")) for _, r in rows}) > 1:
+        raise InputError(f"--results: {measure} of several --data, --labels or --epochs cannot be compared")
+    found = {side: [] for side in sides}
+    for side, r in rows:
+        value = r["results"][measure]
+        error = r["results"].get("error") or math.sqrt(max(1e-9, value * (100 - value)) / r["results"]["test"])
+        found[side].append((value, error))
+    return [found[side] for side in sides]
+
+
 def verdicts(models, results, files):
     """Ten checks from the paper. models: name -> dict(kind, found). results: JSON of others. files: {file: kind}."""
-    groups = [[m["found"] for m in models.values() if m["kind"] == kind] for kind in ("cl", "mim")]
-    mean_and_error = lambda v: (v.mean().item(), (v.std() / len(v) ** 0.5).item())
-    first, last = (lambda d: d[: max(1, len(d) // 3)]), (lambda d: d[-max(1, len(d) // 3) :])
-
-    def by_image(name, part):  # over images, of the mean over some depths
-        value = lambda v: torch.stack([v[d] for d in part(sorted(v))]).mean(dim=0)
-        return [[mean_and_error(value(m["images"][name])) for m in g if name in m["images"]] for g in groups]
-
-    def probes(part):  # of the linear probes of some depths; binomial error
-        share = lambda m: np.mean(part(m["linear"][:-1])) / 100
-        error = lambda m: math.sqrt(share(m) * (1 - share(m)) / m["test"])
-        return [[(100 * share(m), 100 * error(m)) for m in g if "linear" in m] for g in groups]
-
-    def others(key, *kinds):  # from linear.py, finetune.py and dense.py
-        side = lambda r: SIDES.get(r["method"]) or files.get(r["checkpoint"]) or r["method"]
-        rows = [r for r in results if key in r["results"] and side(r) in kinds]
-        rows = [r for r in rows if not r["args"].get("scratch") and not r["args"].get("drop_ratio")]
-        if len({(r["data"], r["args"].get("labels"), r["args"].get("epochs")) for r in rows}) > 1:
-            raise InputError(f"--results: {key} of several --data, --labels or --epochs cannot be compared")
-        error = lambda r: r.get("error") or math.sqrt(max(1e-9, r[key] * (100 - r[key])) / r["test"])
-        return [[(r["results"][key], error(r["results"])) for r in rows if side(r) == kind] for kind in kinds]
-
-    shape = [[mean_and_error(v) for m in g if "shape" in m for v in m["shape"][-1:]] for g in groups]
-    claims = [
-        (1, "attention distance, later third: CL > MIM", by_image("distance", last)),
-        (2, "NMI, later third: CL < MIM", by_image("nmi", last)),
-        (3, "attention alike across queries, later third: CL > MIM", by_image("queries", last)),
-        (3, "attention alike across heads, later third: CL > MIM", by_image("heads", last)),
-        (4, "token cosine, one image, less mean token, last block: CL > MIM", by_image("clustered", lambda d: d[-1:])),
-        (5, "high against low frequency, all blocks: CL < MIM", by_image("fourier", lambda d: d[1:])),
-        (6, "share of shape in what neighbours have in common: CL > MIM", shape),
-        (7, "linear probe, first third of blocks: CL < MIM", probes(first)),
-        (7, "linear probe, last third of blocks: CL > MIM", probes(last)),
-        (8, "linear probe: CL > MIM", others("linear", "cl", "mim")),
-        (8, "fine-tuned (the paper: ViT-B and larger): CL < MIM", others("finetuned", "cl", "mim")),
-        (9, "linear segmentation, IoU by image (the paper: COCO): CL < MIM", others("dense", "cl", "mim")),
-        (10, "linear probe: hybrid > CL", others("linear", "hybrid", "cl")),
-        (10, "linear probe: hybrid > MIM", others("linear", "hybrid", "mim")),
-        (10, "fine-tuned: hybrid > CL", others("finetuned", "hybrid", "cl")),
-        (10, "fine-tuned: hybrid > MIM", others("finetuned", "hybrid", "mim")),
-    ]
-    return [verdict(claim, what, *pair) for claim, what, pair in claims]
-
-
-SIDES = dict(dino="cl", mae="mim", pcae="mim")  # what a checkpoint's method says; siameseim and hybrid are both
+    by_side, found = [(SIDES.get(r["method"]) or files.get(r["checkpoint"]) or r["method"], r) for r in results], []
+    for claim, title, measure, where, sides in CLAIMS:
+        a, sign, b = sides.split()
+        if where is None:
+            pair = of_results(by_side, measure, (a, b))
+        else:
+            members = [[m["found"] for m in models.values() if m["kind"] == side] for side in (a, b)]
+            pair = [[x for m in group for x in of_encoder(m, measure, where)] for group in members]
+        found.append(verdict(claim, f"{title}: {SHOWN[a]} {sign} {SHOWN[b]}", *pair))
+    return found
 
 
 # output --------------------------------------------------------------------------------------------------------------
@@ -372,10 +399,11 @@ def draw_sheet(models, lines, file, patch, grid):
         color, dash = list(dict.fromkeys(methods)).index(methods[i]), methods[:i].count(methods[i]) % 4
         styles[name] = dict(color=f"C{color}", linestyle=("-", "--", "-.", ":")[dash])
     panels = [p for p in next(iter(lines.values())) if any(curve[p] for curve in lines.values())]
-    figure = Figure((20, 3.6 * math.ceil(len(panels) / 5)), layout="constrained")
+    rows = math.ceil((len(panels) + 1) / 5)  # the last panel is the legend
+    figure = Figure((20, 3.6 * rows), layout="constrained")
     uniform = torch.full((1, 1, 1 + math.prod(grid), 1 + math.prod(grid)), 1.0)
     marks = {panels[0]: attention_distance(uniform, patch, grid).item(), "NMI of query and key": 0.0}
-    axes = figure.subplots(math.ceil(len(panels) / 5), 5, squeeze=False).flatten()
+    axes = figure.subplots(rows, 5, squeeze=False).flatten()
     for ax, panel in zip(axes, panels, strict=False):
         for name, curve in lines.items():
             if curve[panel]:
@@ -387,7 +415,7 @@ def draw_sheet(models, lines, file, patch, grid):
         ax.set(title=panel, xlabel=across)
     for ax in axes[len(panels) :]:
         ax.axis("off")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    axes[len(panels)].legend(*axes[0].get_legend_handles_labels(), loc="upper left", fontsize="small")
     figure.savefig(file, dpi=70)
 
 
@@ -459,57 +487,82 @@ def read_result(file):
         return result
 
 
-@cli
-def main(argv=None):
-    args = options(__doc__, OPTIONS, argv)
+def load_encoders(args):
+    """The encoders of args.checkpoints: a list of (file, kind or None, ViT, config)."""
     if not args.checkpoints:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
-    if args.quick:
-        args.limit, args.train_images = min(args.limit, 200), min(args.train_images, 500)
-    device = launch(args, alone=True)
     files = [c.rsplit("=", 1) if c.endswith(("=cl", "=mim")) else [c, None] for c in args.checkpoints]
-    loaded = [(file, kind, *read_encoder(file, args.heads)) for file, kind in files]
-    args.data = args.data or loaded[0][3].get("data", "demo.npz")
-    results = [read_result(f) for f in args.results]
-    sets, models = load_sets(args, max((config for *_, config in loaded), key=lambda c: max(c["img_size"]))), {}
-    torch.manual_seed(args.seed)
-    vit, config = loaded[0][2:]
-    loaded.append(("untrained", "untrained", ViT(**vit.config), config | dict(method="untrained")))
+    return [(file, kind, *read_encoder(file, args.heads)) for file, kind in files]
+
+
+def measure_all(loaded, sets, args, device):
+    """Measures every encoder: name -> dict(kind, method, found)."""
+    models = {}
     for file, kind, vit, config in loaded:
         if config["in_chans"] != sets["test"].channels:
             raise InputError(f"{file} takes {config['in_chans']} channels, {args.data} has {sets['test'].channels}")
         name = Path(file).stem if Path(file).stem != "last" else Path(file).parent.name
-        name = name if name not in {*models, "untrained"} else str(file)
+        name = name if name not in {*models, "untrained"} or file == "untrained" else str(file)
         kind = kind or SIDES.get(config.get("method"), "other")
-        method = config.get("method", name)
-        models[name] = dict(kind=kind, method=method, found=measure_encoder(vit, config, sets, args, device))
-    claims = verdicts(models, results, dict(files))
-    if len({(*config["img_size"], config["patch"]) for *_, config in loaded}) > 1:  # of grids that differ
-        for claim in claims:
-            claim["verdict"] = "not comparable" if claim["claim"] in (1, 2, 5) else claim["verdict"]
+        found = measure_encoder(vit, config, sets, args, device)
+        models[name] = dict(kind=kind, method=config.get("method", name), found=found)
+    return models
 
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    tables = {name: curves(m["found"]) for name, m in models.items()}
-    draw_sheet(models, tables, out / "analysis.png", vit.patch, vit.grid)
-    encoders = dict(zip(models, ((v, c) for *_, v, c in loaded), strict=True))
-    sample = sets["test"].subset(3)
-    draw_queries(encoders, next(stream(sample, in_order(sample, 3), device, 0)), out / "queries.png")
-    cell = lambda name, text: f"{text:>{max(10, len(name) + 2)}}"
-    line = lambda title, cells: print(f"  {title:40}" + "".join(cell(*c) for c in cells.items()))
-    line("last block, or highest band", {name: name for name in models})
+
+def print_table(tables):
+    """Prints each panel's last value, a column for each model."""
+    width = {name: max(10, len(name) + 2) for name in tables}
+
+    def line(title, cells):
+        print(f"  {title:40}" + "".join(f"{text:>{width[name]}}" for name, text in cells.items()))
+
+    line("last block, or highest band", {name: name for name in tables})
     for panel in next(iter(tables.values())):
-        row = {name: t[panel] for name, t in tables.items()}
+        row = {name: table[panel] for name, table in tables.items()}
         if any(row.values()):
-            line(panel, {name: f"{c[-1][1]:.3f}" if c else "-" for name, c in row.items()})
-            if "%" in panel:
-                line("   its best block", {name: max(c, key=lambda p: p[1])[0] for name, c in row.items() if c})
+            line(panel, {name: f"{curve[-1][1]:.3f}" if curve else "-" for name, curve in row.items()})
+        elif "lowest" in panel:
+            print(f"  {panel}: left out, as so few patches have one frequency besides DC")
+        if any(row.values()) and "%" in panel:
+            best = {name: max(curve, key=lambda point: point[1])[0] for name, curve in row.items() if curve}
+            line("   its best block", best)
+
+
+def print_claims(claims):
     for c in claims:
         numbers = ""
         if "margin" in c:
             numbers = ": {:.3f} against {:.3f}, ".format(*c["values"])
             numbers += f"margin {c['margin']:.3f} ± {c['error']:.3f}, " + "{} and {} encoders".format(*c["seeds"])
         print(f"  claim {c['claim']:2} {c['verdict']:12} {c['what']}{numbers}")
+
+
+@cli
+def main(argv=None):
+    args = options(__doc__, OPTIONS, argv)
+    if args.quick:
+        args.limit, args.train_images = min(args.limit, 200), min(args.train_images, 500)
+    device, out = launch(args, alone=True), Path(args.out)
+    loaded, results = load_encoders(args), [read_result(f) for f in args.results]
+    args.data = args.data or loaded[0][3].get("data", "demo.npz")
+    sets = load_sets(args, max((config for *_, config in loaded), key=lambda c: max(c["img_size"])))
+    torch.manual_seed(args.seed)
+    vit, config = loaded[0][2:]
+    loaded.append(("untrained", "untrained", ViT(**vit.config), config | dict(method="untrained")))
+    models = measure_all(loaded, sets, args, device)
+    claims = verdicts(models, results, {file: kind for file, kind, *_ in loaded})
+    if len({(*config["img_size"], config["patch"]) for *_, config in loaded}) > 1:  # of grids that differ
+        for claim in claims:
+            claim["verdict"] = "not comparable" if claim["claim"] in (1, 2, 5) else claim["verdict"]
+
+    out.mkdir(parents=True, exist_ok=True)
+    tables = {name: curves(m["found"]) for name, m in models.items()}
+    draw_sheet(models, tables, out / "analysis.png", vit.patch, vit.grid)
+    encoders = dict(zip(models, ((v, c) for *_, v, c in loaded), strict=True))
+    sample = sets["test"].subset(3)
+    draw_queries(encoders, next(stream(sample, in_order(sample, 3), device, 0)), out / "queries.png")
+    print_table(tables)
+    print_claims(claims)
     full = dict(images=len(sets["test"]), models={n: plain(m) for n, m in models.items()}, claims=plain(claims))
     (out / "analysis.json").write_text(json.dumps(full, indent=1))
     summary = dict(out=str(out), images=len(sets["test"]), verdicts=[f"{c['claim']}: {c['verdict']}" for c in claims])
