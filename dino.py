@@ -18,14 +18,14 @@ becoming uniform.
 Symbols of the paper: g_s = net.student, g_t = net.teacher, c = net.center, m = --center-momentum, lambda (l in
 Algorithm 1) = schedule.momentum, which begins at --momentum, K = --prototypes, tau_t = schedule.teacher_temp, tau_s =
 student_temp in dino_loss. Read sections 1, 3 and 4 of vit.py too. Change dino_loss for another loss, sample_views and
-augment for another augmentation; another backbone, a subclass of ViT, is given to main(backbone=...).
+augment for another augmentation. main(backbone=...) takes another network, a subclass of ViT that changes `cls`,
+`embed` or its blocks; main(images=(train, test)) another data set, two vit.Images. How a run resumes: see vit.resume.
 
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order (theirs: drawn for each
   image), no rounding to 8 bits in between, a true Gaussian blur (Pillow's: box blurs), sigma in px of a 224 px image.
-- Images are decoded as squares of the network's size (above 64 px, of up to twice that), and crops are taken from
-  these (theirs: from the whole image). The square is the middle of an oblong image, or, of sets too large for memory, a
-  random place along its long side.
+- Crops are cut from a stored square (theirs: from the whole image). Its side is --img-size, above 64 px up to twice
+  that. Of an oblong image it is the middle; of sets too large for memory a random place, new in every epoch.
 - Position embeddings are interpolated to the exact size (see vit.py). Mean and std are those of the data set.
 - A gradient that is not finite skips the step (theirs: a loss that is not finite ends the run).
 - --batch counts all processes and micro-batches. Precision is bf16 where the hardware has it (theirs: fp16).
@@ -48,14 +48,14 @@ from torch import nn
 from vit import SIZES, InputError, ViT  # 1 network
 from vit import four, prepare, seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
-from vit import adamw, autocast, cosine, distribute, ema_update, inner, mean_over_processes  # 4 training step
+from vit import adamw, autocast, cosine, distribute, ema_update, unwrap, mean_over_processes  # 4 training step
 from vit import micro_batches, optimizer_step, shard
 from vit import Monitor, save_grid  # 5 evaluation
 from vit import encoder_config, resume, save, start_from  # 6 checkpoints
 from vit import COMMON, COUNT, MANY, SHARE, Log, ablate, by_preset, check_momentum, cli, describe, launch  # 7 runs
 from vit import load_data, options, step_memory, steps, vit_kwargs
 
-ABLATIONS = {  # the options that they change
+ABLATIONS = {  # name -> the options that it sets
     "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, the entropy falls to 0
     "no-sharpening": dict(teacher_temp=[0.1, 0.1]),  # as the student's: the entropy rises to ln K
     "no-momentum": dict(momentum=0.0),  # the teacher is the student itself
@@ -63,7 +63,8 @@ ABLATIONS = {  # the options that they change
     "mse": {},  # these two change the loss
     "infonce": {},
 }
-# name=(default, help[, arguments for argparse]); by_preset: for demo.npz, a CPU, then the published
+# name=(default, help[, arguments for argparse]); by_preset(demo, cpu, 32 px, 96 px, 224 px):
+# missing values repeat the last one; None and "..." are computed in vit.settle
 OPTIONS = COMMON | dict(
     size=(by_preset("nano", "nano", "tiny", "small"), "width, depth and heads", dict(choices=SIZES)),
     patch=(by_preset(4, "1/4 of the image", 4, 8, 16), "patch size, px", COUNT),
@@ -87,7 +88,7 @@ OPTIONS = COMMON | dict(
     momentum=(by_preset(0.97, 0.98, 0.99, 0.996), "of the teacher, 1 at the end; lower it for short runs"),
     center_momentum=(by_preset(0.5, 0.9), "of the centre; lower it if the winning prototype keeps changing"),
     teacher_temp=(by_preset((0.02,), (0.04,)), "at the start [and end]; lower it if the loss stays at ln K", MANY),
-    teacher_temp_epochs=(30.0, "epochs over which the teacher's temperature rises"),
+    teacher_temp_epochs=(30.0, "epochs over which the teacher's temperature rises, if two are given"),
     ablate=(None, "remove one component and see what breaks", dict(choices=ABLATIONS)),
 )
 
@@ -115,7 +116,9 @@ class DINOHead(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone and head. `views` holds one (V_i·B, C, h, w) for each crop size; their outputs, (V·B, K), follow."""
+    """Backbone and head. views: one tensor for each crop size, the global ones (2·B, C, h, w) first. Returns the
+    outputs of all views, (V·B, K), in the same order.
+    """
 
     def __init__(self, vit, head):
         super().__init__()
@@ -138,14 +141,14 @@ class DINO(nn.Module):
         self.register_buffer("center", torch.zeros(args.prototypes))
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-        self.augment = augment  # --compile replaces it
+        self.augment = augment  # an attribute, so that compile() can replace it
         self.start_teacher()
 
     def start_teacher(self):
         self.teacher.load_state_dict(self.student.state_dict())
 
     def forward(self, *views):
-        """What is trained: the student's outputs. The teacher's are net.teacher(views)."""
+        """The student's outputs. DistributedDataParallel calls this; the teacher is called as net.teacher(views[0])."""
         return self.student(*views)
 
     def compile(self):
@@ -181,7 +184,7 @@ def make_views(net, imgs, d_global, d_local, args):
 def update_center(center, batch_mean, momentum, finite):
     """Eq. 4: c = m c + (1 - m) mean of the teacher's outputs over the whole batch; unchanged where `finite` is 0."""
     moved = center.lerp(mean_over_processes(batch_mean), 1 - momentum)
-    center.copy_(torch.where(finite > 0, moved, center))
+    center.copy_(torch.where(finite > 0, moved, center))  # no product: batch_mean may be nan
 
 
 def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
@@ -190,9 +193,9 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
     model: a DINO, or what distribute made of it. imgs: uint8 (B, C, S, S). draws: what sample_step drew. schedule: what
     schedules gave for this step. Returns (4,): loss, the teacher's entropy, KL and the gradient's norm.
     """
-    net = inner(model)
+    net = unwrap(model)
     loss_fn = dict(mse=mse_loss, infonce=infonce_loss).get(args.ablate, dino_loss)
-    total, batch_mean = 0, 0
+    sums, batch_mean = 0, 0
     for x, d_global, d_local in micro_batches(model, args.accumulate, imgs, *draws):
         views = make_views(net, x, d_global, d_local, args)
         with autocast(x.device, args.precision):
@@ -201,30 +204,29 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
             s = model(*views).float().unflatten(0, (-1, len(x)))  # (V, B, K)
         loss, entropy, kl = loss_fn(s, t, net.center, teacher_temp=schedule.teacher_temp)
         scaler.scale(loss / args.accumulate).backward()
-        total += torch.stack([loss.detach(), entropy, kl]) / args.accumulate
+        sums += torch.stack([loss.detach(), entropy, kl]) / args.accumulate
         batch_mean += t.mean(dim=(0, 1)) / args.accumulate
 
     if schedule.freeze_last_layer:
         net.student.head.prototypes.grad = net.student.head.weight_g.grad = None
-    rates = schedule.lr, schedule.weight_decay
-    norm, finite = optimizer_step(optimizer, scaler, *rates, args.clip, per_parameter=True)
+    lr, weight_decay = schedule.lr, schedule.weight_decay
+    norm, finite = optimizer_step(optimizer, scaler, lr, weight_decay, args.clip, per_parameter=True)
     ema_update(net.teacher, net.student, schedule.momentum, finite)
     update_center(net.center, batch_mean, args.center_momentum, finite)
-    return torch.cat([total, norm[None]])
+    return torch.cat([sums, norm[None]])
 
 
 def schedules(step, total, per_epoch, args):
-    """Learning rate, weight decay, the teacher's momentum and temperature (section 3), from the step alone.
-
-    total: steps of the whole run. per_epoch: steps of an epoch.
+    """Learning rate, weight decay, the teacher's momentum and temperature (section 3), and whether the prototypes are
+    frozen, from the step alone. total: steps of the whole run. per_epoch: steps of an epoch.
     """
     start, end = args.teacher_temp[0], args.teacher_temp[-1]
     ramp = min(1, step / max(1, min(args.teacher_temp_epochs, args.epochs) * per_epoch - 1))
     return SimpleNamespace(
         lr=cosine(step, total, args.lr * args.batch / 256, 1e-6, args.warmup * per_epoch),
         weight_decay=cosine(step, total, *args.weight_decay),
-        momentum=cosine(step, total, args.momentum, 1.0) if args.momentum else 0.0,
-        teacher_temp=start + ramp * (end - start),
+        momentum=cosine(step, total, args.momentum, 1.0) if args.momentum else 0.0,  # 0, of an ablation, stays
+        teacher_temp=start + ramp * (end - start),  # constant if one value is given
         freeze_last_layer=step < args.freeze_last_layer * per_epoch,
     )
 
@@ -244,24 +246,28 @@ def sample_views(batch, views, side, scale, blur, solarize, color, g):
     factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
     draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
     draws |= dict(hue=factor(0.0, 0.1), keep_color=(rand() >= 0.2 * color).float())  # 0 makes the image grey
-    sigma = 0.1 + 1.9 * rand()  # px of a 224 px image
+    sigma = 0.1 + 1.9 * rand()  # px of a 224 px image; 0: no blur
     draws["sigma"] = sigma.where(rand() < torch.tensor(blur), 0.0)
     draws["solarize"] = rand() < color * torch.tensor(solarize)
     return draws
 
 
 def sample_step(args, step, side):
-    """All random numbers of a step: those of the two global views and of the local ones, for the whole batch."""
-    g = seeded(args.seed, step)
-    draw = lambda n, scale, *odds: sample_views(args.batch, n, side, scale, *odds, args.color, g)
-    global_draws = draw(2, args.global_scale, [1.0, 0.1], [0.0, 0.2])  # odds of blur, of solarization
-    return global_draws, draw(args.local_crops, args.local_scale, [0.5], [0.0])  # one for all local views
+    """All random numbers of a step: those of the two global views and of the local ones, for the whole batch.
+
+    blur, solarize: a probability for each view, or one for all.
+    """
+    g, common = seeded(args.seed, step), dict(color=args.color)
+    two = sample_views(args.batch, 2, side, args.global_scale, blur=[1.0, 0.1], solarize=[0.0, 0.2], **common, g=g)
+    local = dict(blur=[0.5], solarize=[0.0], **common, g=g)
+    return two, sample_views(args.batch, args.local_crops, side, args.local_scale, **local)
 
 
 def augment(imgs, draws, size, unit, mean, std):
     """uint8 (B, C, S, S) and what sample_views drew -> normalised views (V·B, C, size, size), view by view.
 
-    unit: px of these views per px of a 224 px image, for blur. Jitter and grey need three channels, or are left out.
+    unit: --img-size / 224, by which blur's sigma is scaled, in local views too. Jitter and grey need three channels,
+    or are left out.
     """
     x = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size)
     d = {k: rearrange(v, "b v -> (v b) 1 1 1") for k, v in draws.items() if k != "box"}
@@ -291,6 +297,7 @@ def infonce_loss(student, teacher, center, **temp):
 
 
 def pairwise(student, teacher, center, temp, loss):
+    """Mean of loss(student, teacher) over pairs of different views; entropy and KL are DINO's, for the log."""
     s, t = F.normalize(student, dim=-1), F.normalize(teacher - center, dim=-1)
     pairs = [loss(s[i], t[j]) for j in range(len(t)) for i in range(len(s)) if i != j]
     return sum(pairs) / len(pairs), *dino_loss(student.detach(), teacher, center, **temp)[1:]  # logged: DINO's own
@@ -299,44 +306,50 @@ def pairwise(student, teacher, center, temp, loss):
 def collapse_warning(entropy, kl, prototypes):
     """A warning once the output hardly depends on the image (in a collapse KL is 0, section 5.3), else None."""
     ln_k = math.log(prototypes)
-    if kl > 0.01 * ln_k and entropy < 0.03 * ln_k:
-        what = f"entropy {entropy:.3f} of {ln_k:.2f}, KL {kl:.3f}"
-        return f"targets are nearly one-hot, which is too easy ({what}): raise --teacher-temp, --color or --prototypes"
-    if not (kl <= 0.01 * ln_k or entropy >= 0.999 * ln_k):  # nan, of a skipped step, is no collapse
+    seen, constant = f"entropy {entropy:.3f} of {ln_k:.2f}, KL {kl:.3f}", kl <= 0.01 * ln_k
+    if math.isnan(entropy + kl):  # of a skipped step
         return None
-    uniform = entropy > 0.5 * ln_k
-    kind = "uniform, lower --teacher-temp or --lr" if uniform else "one prototype, lower --center-momentum or --lr"
-    return f"COLLAPSED, the same output for all images: {kind}. KL {kl:.4f}, entropy {entropy:.3f}"
+    if entropy >= 0.999 * ln_k or constant and entropy > 0.5 * ln_k:
+        return f"COLLAPSED, uniform output for all images: lower --teacher-temp or --lr ({seen})"
+    if constant:
+        return f"COLLAPSED, one prototype for all images: lower --center-momentum or --lr ({seen})"
+    if entropy < 0.03 * ln_k:
+        return f"targets are nearly one-hot, too easy ({seen}): raise --teacher-temp, --color or --prototypes"
+    return None
 
 
 # pictures and main ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def attention_columns(vit, x, mean, std):
-    """Images x (B, C, h, w) and each head's attention of the CLS token in the last block, for save_grid.
+def cls_attention(vit, x):
+    """Where the CLS token attends in the last block, for images x (B, C, h, w): (B, H, h/P, w/P)."""
+    return vit.attention(x, queries=1)[:, :, 0, 1:].unflatten(2, (-1, x.shape[-1] // vit.patch)).float()
 
-    mean, std (C, 1, 1): those with which x was normalised.
-    """
-    maps = vit.attention(x, queries=1)[:, :, 0, 1:]  # (B, H, N)
-    heat = rearrange(maps / maps.amax(dim=-1, keepdim=True), "b h (i j) -> b h i j", i=x.shape[-2] // vit.patch)
-    heat = F.interpolate(heat.float(), size=x.shape[-2:], mode="bicubic").clamp(0, 1)
+
+def attention_columns(maps, image):
+    """Columns for save_grid: image (B, C, h, w) in [0, 1], and each head of cls_attention; the brightest patch is 1."""
+    heat = F.interpolate(maps / maps.amax(dim=(-2, -1), keepdim=True), size=image.shape[-2:], mode="bicubic").clamp(
+        0, 1
+    )
     heat = torch.stack([(3 * heat - k).clamp(0, 1) for k in range(3)], dim=2)  # black, red, yellow, white
-    return dict(image=x * std + mean) | {f"head {i}": h for i, h in enumerate(heat.unbind(1), 1)}
+    return dict(image=image) | {f"head {i}": h for i, h in enumerate(heat.unbind(1), 1)}
 
 
 def check(args):
     """Fills in --local-size, and refuses options that do not fit together."""
     if args.local_size is None:
         args.local_size = math.ceil(args.img_size * 3 / 7 / args.patch) * args.patch
-    if len(args.teacher_temp) > 2:
-        raise InputError(f"--teacher-temp {args.teacher_temp}: give one temperature, or the first and the last")
+    if min(args.teacher_temp) <= 0 or len(args.teacher_temp) > 2:
+        raise InputError(f"--teacher-temp {args.teacher_temp}: give one temperature above 0, or the first and the last")
     if args.local_crops and args.local_size % args.patch:
         raise InputError(f"--local-size {args.local_size} is not a multiple of --patch {args.patch}: change one")
 
 
 def activations(args):
-    """What keeps activations, for step_memory: the student's views, and the outputs of the heads."""
+    """What keeps activations, for step_memory: tokens, width, blocks. Outputs of a head count as half a block: of the
+    student's views and the teacher's two.
+    """
     size, views = SIZES[args.size], 2 + args.local_crops
     tokens = lambda side: 1 + (side // args.patch) ** 2
     student = 2 * tokens(args.img_size) + args.local_crops * tokens(args.local_size)
@@ -356,37 +369,39 @@ def main(argv=None, images=None, backbone=ViT):
     if args.init:
         start_from(args.init, net.student.vit, net)
     optimizer, scaler = adamw(net.student, args.precision)
-    encoder, parts = net.teacher.vit, dict(net=net, optimizer=optimizer, scaler=scaler)  # evaluated; saved
-    config = encoder_config(args, net, encoder)
+    encoder = net.teacher.vit  # what k-NN evaluates
+    state = dict(net=net, optimizer=optimizer, scaler=scaler)  # what a run needs to resume
     per_epoch = len(train) // args.batch
     total = args.epochs * per_epoch  # steps
-    describe(args, train, encoder, step_memory(args, net, activations(args), device))
-    if args.ablate != "no-momentum":
-        check_momentum(args.momentum, total)
+    memory = step_memory(args, net, activations(args), device)  # refuses more than there is
+    describe(args, train, encoder, memory)
+    check_momentum(args.momentum, total)
 
-    first, lines = resume(args, parts, len(train), __file__)
-    stop = min(total, args.steps or total)
-    log, monitor = Log(args, lines, first, stop, optimizer), Monitor(args, encoder, config, train, test, device)
+    first, lines = resume(args, state, len(train), __file__)
+    config = encoder_config(args, net, encoder)
+    log = Log(args, lines, first, min(total, args.steps or total), optimizer)
+    monitor = Monitor(args, encoder, config, train, test, device)
     monitor.before(log)
     model = distribute(net)
     if args.compile:
         net.compile()
 
-    for step, imgs, last in steps(train, args, first, stop, device):
+    for step, imgs, leaving in steps(train, args, log, device):
         schedule = schedules(step, total, per_epoch, args)
-        draws = shard(sample_step(args, step, train.side), device)  # of the whole batch's numbers
+        draws = shard(sample_step(args, step, train.side), device)  # this process's part of what is drawn for the batch
         stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args)
-        if log.due(step, last):
+        if log.due(step, leaving):
             loss, entropy, kl, norm = mean_over_processes(stats).tolist()
-            late = step >= args.warmup * per_epoch
-            warning = collapse_warning(entropy, kl, args.prototypes) if late else None
+            warmed_up = step >= args.warmup * per_epoch
+            warning = collapse_warning(entropy, kl, args.prototypes) if warmed_up else None
             log.step(step, warning, loss=loss, entropy=entropy, kl=kl, grad_norm=norm, lr=schedule.lr)
-        monitor.when_due(step, last, log)
-        if log.save_due(step, last):
-            save(args, parts, encoder, config, step, log)
+        monitor.when_due(step, leaving, log)
+        if log.save_due(step, leaving):
+            save(args, state, encoder, config, step, log)
             log.draw_curve()
             sample = prepare(four(train, device), config)
-            save_grid(attention_columns(encoder, sample, net.mean, net.std), log.picture("attention"))
+            columns = attention_columns(cls_attention(encoder, sample), sample * net.std + net.mean)
+            save_grid(columns, log.picture("attention"))
     return monitor.result(args, log)
 
 

@@ -152,7 +152,11 @@ def main(argv=None):
     how = (config, device, args.precision, args.batch, args.workers)
     found = {s: shared_features(encode, x, *how) for s, x in (("train", train), ("test", test))}
     vectors = {s: dict(zip(names, x.split(widths, dim=1), strict=True)) for s, x in found.items()}
-    labels = dict(train=train.labels.to(device), test=test.labels.to(device))
+    labels, feature = dict(train=train.labels.to(device), test=test.labels.to(device)), config["feature"]
+    if feature == "both":
+        names.append(feature)
+        for x in vectors.values():
+            x["both"] = torch.cat([x["cls"], x["mean"]], dim=1)
 
     ks, results, mine = sorted({min(k, len(train)) for k in args.k}), {}, slice(rank, None, world)
     k, right = 20 if 20 in ks else ks[0], {}
@@ -164,16 +168,19 @@ def main(argv=None):
     if rank == 0:
         print(f"{'top-1, %':>9}" + "".join(f"{f'k={k}':>8}" for k in ks))
         for name, by_k in results.items():
-            print(f"{name:>9}" + "".join(f"{v:8.2f}" for v in by_k.values()) + "  *" * (name == config["feature"]))
+            print(f"{name:>9}" + "".join(f"{v:8.2f}" for v in by_k.values()) + "  *" * (name == feature))
         if args.hits:
-            np.savez(args.hits, **right, best=right[config["feature"]])
+            with open(args.hits, "wb") as f:  # np.savez would add .npz to the name
+                np.savez(f, **right, best=right[feature], labels=test.labels.numpy(), k=k)
     if args.against:
         with reading(args.against, "file of --hits"), np.load(args.against) as z:
-            ours, theirs, p = mcnemar(right[config["feature"]], z["best"])
+            if int(z["k"]) != k or not np.array_equal(z["labels"], test.labels.numpy()):
+                raise InputError(f"--against {args.against} is of other test images, or of k = {z['k']}")
+            ours, theirs, p = mcnemar(right[feature], z["best"])
         results["against"] = dict(file=args.against, right_alone=ours, other_right_alone=theirs, p=p)
         if rank == 0:
             print(f"right alone: {ours}, {args.against} right alone: {theirs}; by chance with p = {p:.2g} (McNemar)")
-    results |= dict(feature=config["feature"], train=len(train), test=len(test))
+    results |= dict(feature=feature, train=len(train), test=len(test))
     return report("knn", args, config, results)
 
 

@@ -35,7 +35,7 @@ from dino import DINOHead, Network, dino_loss, schedules, update_center
 # isort: off
 from vit import ViT  # 1 network
 from vit import four, prepare  # 2 images
-from vit import adamw, autocast, distribute, ema_update, inner, mean_over_processes, micro_batches  # 4 training step
+from vit import adamw, autocast, distribute, ema_update, unwrap, mean_over_processes, micro_batches  # 4 training step
 from vit import optimizer_step, shard
 from vit import Monitor, save_grid  # 5 evaluation
 from vit import encoder_config, resume, save, start_from  # 6 checkpoints
@@ -89,9 +89,9 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args, norms=Fals
     Returns (7,): loss, L_MIM, L_CL, the teacher's entropy, the gradient's norm, and with `norms` those of the encoder's
     gradients of (1 - w) L_MIM and of w L_CL alone, means over micro-batches (else 0).
     """
-    net, w = inner(model), args.weight
+    net, w = unwrap(model), args.weight
     encoder = [p for p in net.mae.vit.parameters() if p.requires_grad]
-    total, both, batch_mean = 0, torch.zeros(2, device=imgs.device), 0
+    sums, both, batch_mean = 0, torch.zeros(2, device=imgs.device), 0
     for x, d_mim, d_global, d_local in micro_batches(model, args.accumulate, imgs, *draws):
         crop = net.mae.augment(x, d_mim, args.img_size, net.mean, net.std)
         views = dino.make_views(net, x, d_global, d_local, args)
@@ -105,17 +105,17 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args, norms=Fals
             both += torch.stack([gradient_norm(part, encoder) for part in scaler.scale(((1 - w) * mim, w * cl))])
         loss = (1 - w) * mim + w * cl
         scaler.scale(loss / args.accumulate).backward()
-        total += torch.stack([part.detach() for part in (loss, mim, cl, entropy)]) / args.accumulate
+        sums += torch.stack([part.detach() for part in (loss, mim, cl, entropy)]) / args.accumulate
         batch_mean += t.mean(dim=(0, 1)) / args.accumulate
 
     both = both / (args.accumulate * scaler.get_scale()) if norms else both  # in fp16 this waits for the GPU
     if schedule.freeze_last_layer:
         net.student.head.prototypes.grad = net.student.head.weight_g.grad = None
-    rates = schedule.lr, schedule.weight_decay
-    norm, finite = optimizer_step(optimizer, scaler, *rates, args.clip, per_parameter=True)
+    lr, weight_decay = schedule.lr, schedule.weight_decay
+    norm, finite = optimizer_step(optimizer, scaler, lr, weight_decay, args.clip, per_parameter=True)
     ema_update(net.teacher, net.student, schedule.momentum, finite)
     update_center(net.center, batch_mean, args.center_momentum, finite)
-    return torch.cat([total, norm[None], both])
+    return torch.cat([sums, norm[None], both])
 
 
 def gradient_norm(loss, params):
@@ -136,39 +136,41 @@ def main(argv=None, images=None, backbone=ViT):
     if args.init:
         start_from(args.init, net.mae.vit, net)
     optimizer, scaler = adamw(net, args.precision)
-    encoder, parts = net.teacher.vit, dict(net=net, optimizer=optimizer, scaler=scaler)  # evaluated; saved
-    config = encoder_config(args, net, encoder)
+    encoder = net.teacher.vit  # what k-NN evaluates
+    state = dict(net=net, optimizer=optimizer, scaler=scaler)  # what a run needs to resume
     per_epoch = len(train) // args.batch
     total = args.epochs * per_epoch  # steps
     memory = step_memory(args, net, dino.activations(args) + mae_pcae.activations(args), device)
     describe(args, train, encoder, memory)
     check_momentum(args.momentum, total)
 
-    first, lines = resume(args, parts, len(train), __file__)
-    stop = min(total, args.steps or total)
-    log, monitor = Log(args, lines, first, stop, optimizer), Monitor(args, encoder, config, train, test, device)
+    first, lines = resume(args, state, len(train), __file__)
+    config = encoder_config(args, net, encoder)
+    log = Log(args, lines, first, min(total, args.steps or total), optimizer)
+    monitor = Monitor(args, encoder, config, train, test, device)
     monitor.before(log)
     model = distribute(net)
     if args.compile:
         net.compile()
 
-    for step, imgs, last in steps(train, args, first, stop, device):
-        schedule, due = schedules(step, total, per_epoch, args), log.due(step, last)
-        draws = shard(sample_step(args, step, train.side), device)  # of the whole batch's numbers
+    for step, imgs, leaving in steps(train, args, log, device):
+        schedule, due = schedules(step, total, per_epoch, args), log.due(step, leaving)
+        draws = shard(sample_step(args, step, train.side), device)  # this process's part of what is drawn for the batch
         stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args, norms=due)
         if due:
             names = ("loss", "mim", "cl", "entropy", "grad_norm", "grad_mim", "grad_cl")
             row = dict(zip(names, mean_over_processes(stats).tolist(), strict=True), lr=schedule.lr)
-            late = args.weight and step >= args.warmup * per_epoch
+            warmed_up = args.weight and step >= args.warmup * per_epoch
             kl = row["cl"] - row["entropy"]
-            warning = dino.collapse_warning(row["entropy"], kl, args.prototypes) if late else None
+            warning = dino.collapse_warning(row["entropy"], kl, args.prototypes) if warmed_up else None
             log.step(step, warning, **row)
-        monitor.when_due(step, last, log)
-        if log.save_due(step, last):
-            save(args, parts, encoder, config, step, log)
+        monitor.when_due(step, leaving, log)
+        if log.save_due(step, leaving):
+            save(args, state, encoder, config, step, log)
             log.draw_curve()
             sample = prepare(four(train, device), config)
-            save_grid(dino.attention_columns(encoder, sample, net.mean, net.std), log.picture("attention"))
+            columns = dino.attention_columns(dino.cls_attention(encoder, sample), sample * net.std + net.mean)
+            save_grid(columns, log.picture("attention"))
             mae_pcae.draw(net.mae, sample, log.picture("reconstruction"))
     return monitor.result(args, log)
 

@@ -52,14 +52,15 @@ from torch import nn
 from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos_grid  # 1 network
 from vit import four, prepare, seeded  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
-from vit import adamw, autocast, cosine, distribute, ema_update, inner, mean_over_processes  # 4 training step
+from vit import adamw, autocast, cosine, distribute, ema_update, unwrap, mean_over_processes  # 4 training step
 from vit import micro_batches, optimizer_step, shard
 from vit import Monitor, save_grid, token_std  # 5 evaluation
 from vit import encoder_config, resume, save, start_from  # 6 checkpoints
 from vit import COMMON, COUNT, SHARE, Log, by_preset, check_momentum, cli, describe, launch, load_data  # 7 runs
 from vit import options, step_memory, steps, vit_kwargs
 
-# name=(default, help[, arguments for argparse]); by_preset: for demo.npz, a CPU, then the published
+# name=(default, help[, arguments for argparse]); by_preset(demo, cpu, 32 px, 96 px, 224 px):
+# missing values repeat the last one; None and "..." are computed in vit.settle
 OPTIONS = COMMON | dict(
     method=("mae", "mae: pixels; pcae: features of a momentum encoder", dict(choices=("mae", "pcae"))),
     size=(by_preset("nano", "nano", "tiny", "small", "base"), "width, depth and heads", dict(choices=SIZES)),
@@ -141,7 +142,7 @@ class MAE(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-        self.augment = augment  # --compile replaces it
+        self.augment = augment  # an attribute, so that compile() can replace it
 
     def decode(self, latent, visible, wanted):
         """latent (B, 1+n, D) of patches `visible` (B, n) -> predictions for patches `wanted` (B, m): (B, m, out)."""
@@ -231,17 +232,17 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
     model: a MAE or PCAE, or what distribute made of it. imgs: uint8 (B, C, S, S). draws: what sample_step drew.
     schedule: what schedules gave. Returns (4,): loss, standard deviation of prediction and target, gradient's norm.
     """
-    net, total = inner(model), 0
+    net, sums = unwrap(model), 0
     for x, d in micro_batches(model, args.accumulate, imgs, draws):
         x = net.augment(x, d, args.img_size, net.mean, net.std)
         with autocast(x.device, args.precision):
             loss, pred_std, target_std = model(x, d["noise"])
         scaler.scale(loss / args.accumulate).backward()
-        total += torch.stack([loss.detach(), pred_std, target_std]) / args.accumulate
+        sums += torch.stack([loss.detach(), pred_std, target_std]) / args.accumulate
 
     norm, finite = optimizer_step(optimizer, scaler, schedule.lr, schedule.weight_decay, args.clip)
     net.update_teacher(schedule.momentum, finite)
-    return torch.cat([total, norm[None]])
+    return torch.cat([sums, norm[None]])
 
 
 def schedules(step, total, per_epoch, args):
@@ -319,34 +320,36 @@ def main(argv=None, images=None, backbone=ViT):
     if args.init:
         start_from(args.init, net.vit, net)
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))
-    encoder, parts = net.vit, dict(net=net, optimizer=optimizer, scaler=scaler)  # evaluated; saved
-    config = encoder_config(args, net, encoder)
+    encoder = net.vit  # what k-NN evaluates
+    state = dict(net=net, optimizer=optimizer, scaler=scaler)  # what a run needs to resume
     per_epoch = len(train) // args.batch
     total = args.epochs * per_epoch  # steps
-    describe(args, train, encoder, step_memory(args, net, activations(args), device))
+    memory = step_memory(args, net, activations(args), device)  # refuses more than there is
+    describe(args, train, encoder, memory)
     if args.method == "pcae":
         check_momentum(args.momentum, total)
 
-    first, lines = resume(args, parts, len(train), __file__)
-    stop = min(total, args.steps or total)
-    log, monitor = Log(args, lines, first, stop, optimizer), Monitor(args, encoder, config, train, test, device)
+    first, lines = resume(args, state, len(train), __file__)
+    config = encoder_config(args, net, encoder)
+    log = Log(args, lines, first, min(total, args.steps or total), optimizer)
+    monitor = Monitor(args, encoder, config, train, test, device)
     monitor.before(log)
     model = distribute(net)
     if args.compile:
         net.compile()
 
-    for step, imgs, last in steps(train, args, first, stop, device):
+    for step, imgs, leaving in steps(train, args, log, device):
         schedule = schedules(step, total, per_epoch, args)
-        draws = shard(sample_step(args, step, train.side), device)  # of the whole batch's numbers
+        draws = shard(sample_step(args, step, train.side), device)  # this process's part of what is drawn for the batch
         stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args)
-        if log.due(step, last):
+        if log.due(step, leaving):
             loss, pred_std, target_std, norm = mean_over_processes(stats).tolist()
             flat = min(pred_std, target_std) < 1e-3 and step >= args.warmup * per_epoch
             warning = "COLLAPSED: predictions or targets no longer differ" if flat else None
             log.step(step, warning, loss=loss, pred_std=pred_std, target_std=target_std, grad_norm=norm, lr=schedule.lr)
-        monitor.when_due(step, last, log)
-        if log.save_due(step, last):
-            save(args, parts, encoder, config, step, log)
+        monitor.when_due(step, leaving, log)
+        if log.save_due(step, leaving):
+            save(args, state, encoder, config, step, log)
             log.draw_curve()
             name = dict(mae="reconstruction", pcae="tokens")[args.method]
             draw(net, prepare(four(train, device), config), log.picture(name))

@@ -52,7 +52,7 @@ from torchvision.utils import draw_bounding_boxes
 from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos, sincos_grid  # 1 network
 from vit import four, seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
-from vit import adamw, autocast, cosine, distribute, ema_update, in_turn, inner, mean_over_processes  # 4 training step
+from vit import adamw, autocast, cosine, distribute, ema_update, in_turn, unwrap, mean_over_processes  # 4 training step
 from vit import micro_batches, optimizer_step, shard
 from vit import Monitor, save_grid, token_std  # 5 evaluation
 from vit import encoder_config, resume, save, start_from  # 6 checkpoints
@@ -65,7 +65,8 @@ ABLATIONS = {  # the options that they change
     "same-view": {},  # changes the draws
     "global": {},  # changes the loss
 }
-# name=(default, help[, arguments for argparse]); by_preset: for demo.npz, a CPU, then the published
+# name=(default, help[, arguments for argparse]); by_preset(demo, cpu, 32 px, 96 px, 224 px):
+# missing values repeat the last one; None and "..." are computed in vit.settle
 OPTIONS = COMMON | dict(
     size=(by_preset("nano", "nano", "tiny", "small", "base"), "width, depth and heads", dict(choices=SIZES)),
     patch=(by_preset(4, "1/8 of the image", 4, 8, 16), "patch size, px", COUNT),
@@ -172,7 +173,7 @@ class SiameseIM(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
         self.neg_weight = 15.36 / dim if args.neg_weight is None else args.neg_weight
-        self.augment = augment  # --compile replaces it
+        self.augment = augment  # an attribute, so that compile() can replace it
         self.start_teacher()
 
     def start_teacher(self):
@@ -222,9 +223,9 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
     what schedules gave. All targets come first: C is that of the whole batch, in micro-batches too. Returns (4,): loss,
     its uniformity term, standard deviation of the targets, and the gradient's norm.
     """
-    net = inner(model)
+    net = unwrap(model)
     loss_fn = global_loss if args.ablate == "global" else siameseim_loss
-    total, parts, c, unit = 0, [], 0, args.img_size / 224
+    sums, parts, c, unit = 0, [], 0, args.img_size / 224
     for x, d in micro_batches(model, args.accumulate, imgs, draws):
         a, b = net.augment(x, d, args.img_size, unit, net.mean, net.std).chunk(2)
         with autocast(x.device, args.precision):
@@ -237,11 +238,11 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
             y = model(a, visible_patches(d, net.grid, args.mask_ratio), d["box"], d["flip"], imgs.shape[-1])
         loss, uniformity = loss_fn(y.float(), z, c, net.neg_weight)
         scaler.scale(loss / args.accumulate).backward()
-        total += torch.stack([loss.detach(), uniformity, token_std(z)]) / args.accumulate
+        sums += torch.stack([loss.detach(), uniformity, token_std(z)]) / args.accumulate
 
     norm, finite = optimizer_step(optimizer, scaler, schedule.lr, schedule.weight_decay, args.clip)
     ema_update(net.target, net.online, schedule.momentum, finite)
-    return torch.cat([total, norm[None]])
+    return torch.cat([sums, norm[None]])
 
 
 def schedules(step, total, per_epoch, args):
@@ -401,34 +402,36 @@ def main(argv=None, images=None, backbone=ViT):
     if args.init:
         start_from(args.init, net.online.vit, net)
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))
-    encoder, parts = net.online.vit, dict(net=net, optimizer=optimizer, scaler=scaler)  # evaluated; saved
-    config = encoder_config(args, net, encoder)
+    encoder = net.online.vit  # what k-NN evaluates
+    state = dict(net=net, optimizer=optimizer, scaler=scaler)  # what a run needs to resume
     per_epoch = len(train) // args.batch
     total = args.epochs * per_epoch  # steps
-    describe(args, train, encoder, step_memory(args, net, activations(args), device))
+    memory = step_memory(args, net, activations(args), device)  # refuses more than there is
+    describe(args, train, encoder, memory)
     check_momentum(args.momentum, total)
 
-    first, lines = resume(args, parts, len(train), __file__)
-    stop = min(total, args.steps or total)
-    log, monitor = Log(args, lines, first, stop, optimizer), Monitor(args, encoder, config, train, test, device)
+    first, lines = resume(args, state, len(train), __file__)
+    config = encoder_config(args, net, encoder)
+    log = Log(args, lines, first, min(total, args.steps or total), optimizer)
+    monitor = Monitor(args, encoder, config, train, test, device)
     monitor.before(log)
     model = distribute(net)
     if args.compile:
         net.compile()
 
-    for step, imgs, last in steps(train, args, first, stop, device):
+    for step, imgs, leaving in steps(train, args, log, device):
         schedule = schedules(step, total, per_epoch, args)
-        draws = shard(sample_step(args, step, train.side), device)  # of the whole batch's numbers
+        draws = shard(sample_step(args, step, train.side), device)  # this process's part of what is drawn for the batch
         stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args)
-        if log.due(step, last):
+        if log.due(step, leaving):
             loss, uniformity, target_std, norm = mean_over_processes(stats).tolist()
             flat = target_std < 0.05 and step >= args.warmup * per_epoch
             warning = "COLLAPSED: targets no longer differ from token to token" if flat else None
             row = dict(loss=loss, uniformity=uniformity, target_std=target_std, grad_norm=norm, lr=schedule.lr)
             log.step(step, warning, **row)
-        monitor.when_due(step, last, log)
-        if log.save_due(step, last):
-            save(args, parts, encoder, config, step, log)
+        monitor.when_due(step, leaving, log)
+        if log.save_due(step, leaving):
+            save(args, state, encoder, config, step, log)
             log.draw_curve()
             net.eval()  # process 0 draws alone: BatchNorm must not wait for the others
             draw_pairs(net, four(train, device), sample_step(args, 0, train.side), args, log.picture("views"))

@@ -126,7 +126,7 @@ class Attention(nn.Module):
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
-class Mlp(nn.Sequential):
+class Mlp(nn.Sequential):  # runs its parts in the order of their assignment
     def __init__(self, dim, hidden):
         super().__init__()
         self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
@@ -150,7 +150,8 @@ class ViT(nn.Module):
     """Vision Transformer with a CLS token: images (B, C, h, w) -> normalised tokens (B, 1+N, D), CLS first.
 
     Images may have another size than `img_size`, as long as the patch size divides it: position embeddings are then
-    interpolated (bicubic) to the exact grid. DINO's code aims at grid + 0.1; CLS entries differ by about 0.02.
+    interpolated (bicubic) to the exact grid. DINO's code adds 0.1 to the grid's sides before it takes the scale factor;
+    entries of the CLS token differ from its by about 0.02.
     pos: "learned", or "sincos" for fixed ones. norm: False leaves out the final LayerNorm (SiameseIM).
     Raises InputError, a ValueError, where sizes do not fit. `embed`, `blocks` and `norm` can be called one by one.
     """
@@ -279,6 +280,9 @@ def decode(file, side=None):
             img = img.convert("RGBA")
             img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
         img, (w, h) = img.convert("RGB"), img.size
+        if max(w, h) > 4 * min(w, h):  # of a strip the middle, or its long side would be huge
+            w, h = min(w, 4 * h), min(h, 4 * w)
+            img = ImageOps.fit(img, (w, h))
         if min(w, h) != side:
             img = img.resize([max(side, round(s * side / min(w, h))) for s in (w, h)], Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()
@@ -407,7 +411,9 @@ class Images(torch.utils.data.Dataset):
 
 def four(images, device):
     """Four images, evenly spaced, for the pictures of a run: uint8 (4, C, S, S) on the device."""
-    return next(stream(some := images.subset(4), in_order(some, 4), device, workers=0))
+    some = images.subset(4)
+    some.replace = True  # a broken file is no reason to end a run
+    return next(stream(some, in_order(some, 4), device, workers=0))
 
 
 def list_images(root):
@@ -624,7 +630,7 @@ def sample_boxes(shape, side, scale, g):
     ratio = torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
-    first = fits.int().argmax(-1, keepdim=True)
+    first = fits.int().argmax(-1, keepdim=True)  # if none fits, the first try, where `side` stands
     h, w = (torch.where(fits, t, side).gather(-1, first)[..., 0] for t in (h, w))
     y, x = ((torch.rand(shape, generator=g) * (side - t + 1)).floor() for t in (h, w))
     return torch.stack([y, x, h, w], dim=-1)
@@ -649,9 +655,9 @@ def resize_weights(start, length, flip, out, side):
 
 def crop_resize(imgs, box, flip, size):
     """Cuts boxes (B, V, 4) from imgs (B, C, S, S), resizes, flips: (V·B, C, size, size), Wy @ img @ Wxᵀ."""
-    (y, x, dy, dx), side, c = box.unbind(-1), imgs.shape[-1], imgs.shape[1]
-    wy = resize_weights(y, dy, torch.zeros_like(flip), size, side)  # (B, V, size, S)
-    wx = resize_weights(x, dx, flip, size, side)
+    (y, x, h, w), side, c = box.unbind(-1), imgs.shape[-1], imgs.shape[1]
+    wy = resize_weights(y, h, torch.zeros_like(flip), size, side)  # (B, V, size, S)
+    wx = resize_weights(x, w, flip, size, side)
     rows = rearrange(wy, "b v i s -> b (v i) s") @ rearrange(imgs, "b c s t -> b s (c t)")
     rows = rearrange(rows, "b (v i) (c t) -> (b v) (c i) t", c=c, i=size)
     crops = rows @ rearrange(wx, "b v j t -> (b v) t j")
@@ -668,19 +674,25 @@ def blend(x, other, factor):  # other + factor (x - other): contrast, saturation
 
 
 def shift_hue(x, shift):
-    """x (B, 3, h, w) with its hue turned by `shift` (B, 1, 1, 1), a share of the circle; value and saturation stay."""
+    """x (B, 3, h, w) with its hue turned by `shift` (B, 1, 1, 1), a share of the circle; value and saturation stay.
+
+    HSV to RGB: a channel is top - chroma clamp(min(k, 4 - k), 0, 1), with k = hue + 5, 3, 1 mod 6 for R, G, B.
+    """
     top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
     chroma = top - low
     r, g, b = x.split(1, dim=1)
     sector = torch.where(top == r, (g - b), torch.where(top == g, (b - r), (r - g)))
     offset = torch.where(top == r, 0.0, torch.where(top == g, 2.0, 4.0))
     hue = sector / chroma.clamp(min=1e-8) + offset + 6 * shift
-    k = (hue + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6  # 5, 3, 1 for red, green, blue
+    k = (hue + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
     return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def gaussian_blur(x, sigma, radius):
-    """x (B, C, h, w) blurred by sigma (B,) px. Kernel of 2 radius + 1 px, borders reflected; two matrix products."""
+    """x (B, C, h, w) blurred by sigma (B,) px; 0 leaves it as it is. Borders are reflected.
+
+    The kernel has 2 radius + 1 px; two matrix products.
+    """
 
     def matrix(n):
         r = min(radius, n - 1)
@@ -704,19 +716,21 @@ def autocast(device, precision):
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def cosine(step, total, start, end, warmup=0):
-    """Rises linearly to `start`, reached in the last of `warmup` steps, then follows a cosine to `end`."""
+def cosine(step, total, peak, end, warmup=0):
+    """Linear from 0 to `peak`, reached in the last of `warmup` steps, then a cosine from `peak` to `end`."""
     warmup = round(warmup)
     if step < warmup:
-        return start * step / max(1, warmup - 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+        return peak * step / max(1, warmup - 1)
+    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
 
 def adamw(net, precision, betas=(0.9, 0.999)):
     """AdamW (group 0 has weight decay; group 1, biases and norms, has none) and the scaler for fp16."""
     params = [p for p in net.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim <= 1])]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True
+    )  # fused: skips by found_inf
     return optimizer, torch.amp.GradScaler(params[0].device.type, enabled=precision == "fp16")
 
 
@@ -726,6 +740,7 @@ def processes():
 
 
 def mean_over_processes(x):
+    """The mean of the tensor x over processes. Changes x."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x = x / dist.get_world_size()
@@ -741,38 +756,39 @@ def shard(draws, device):
 
 
 def distribute(net):
-    """`net`, under torchrun in torch's DistributedDataParallel, which averages gradients over processes.
+    """`net`, under torchrun in torch's DistributedDataParallel (DDP), which averages gradients over processes.
 
-    It arranges gradients anew after its first backward pass, and three processes or more then round their sums
-    otherwise. One pass of zeros comes before the first step, so that a run which resumes rounds as one left alone.
+    DDP regroups gradients into buckets after its first backward pass. With three or more processes another grouping
+    changes the order of sums, and so their rounding. One backward pass of zeros makes it regroup before the first step,
+    so that a run that resumes rounds as one that was never stopped.
     """
     if not dist.is_initialized():
         return net
     model = DistributedDataParallel(net)
-    model.broadcast_buffers = False  # they are equal already
+    model.broadcast_buffers = False  # not as an argument: at the start they are still made equal
     net.forward = lambda: sum(p.sum() for p in net.parameters() if p.requires_grad) * 0
     model().backward()
     net.zero_grad()
-    del net.forward  # its class's again
+    del net.forward  # the class's own is found again
     return model
 
 
-def inner(model):
+def unwrap(model):
     """The network in what distribute returned."""
     return getattr(model, "module", model)
 
 
-def in_turn(model, parts):
+def in_turn(model, chunks):
     """Yields micro-batches. Gradients are averaged over processes in the backward pass of the last one alone."""
-    for i, part in enumerate(parts, 1):
-        model.require_backward_grad_sync = i == len(parts)
-        yield part
+    for i, chunk in enumerate(chunks, 1):
+        model.require_backward_grad_sync = i == len(chunks)  # read by DDP
+        yield chunk
 
 
-def micro_batches(model, n, *parts):
-    """Splits tensors, and dicts of tensors, by rows into n equal parts; yields tuples, for one backward pass each."""
+def micro_batches(model, n, *draws):
+    """Splits tensors, and dicts of tensors, by rows into n equal chunks; yields tuples, for one backward pass each."""
     rows = lambda x, i: {k: v.chunk(n)[i] for k, v in x.items()} if isinstance(x, dict) else x.chunk(n)[i]
-    yield from in_turn(model, [tuple(rows(x, i) for x in parts) for i in range(n)])
+    yield from in_turn(model, [tuple(rows(x, i) for x in draws) for i in range(n)])
 
 
 @torch.no_grad()
@@ -795,7 +811,7 @@ def optimizer_step(optimizer, scaler, lr, weight_decay, clip, per_parameter=Fals
         scale = clip / ((norms if per_parameter else norm.expand(len(norms))) + 1e-6)
         torch._foreach_mul_(grads, list(scale.clamp(max=1).unbind()))
     finite = norm.isfinite().float()
-    optimizer.found_inf = 1 - finite  # 1: the fused AdamW skips the step
+    optimizer.found_inf = 1 - finite  # as GradScaler does: where it is 1, a fused optimizer skips the step
     optimizer.step()
     optimizer.zero_grad()
     scaler.update()
@@ -1048,10 +1064,10 @@ def options(doc, table, argv=None, **fixed):
     fixed: set without being options.
     """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = {bool: dict(action=argparse.BooleanOptionalAction), int: dict(type=number(int, 0)), float: dict(type=float)}
+    kinds = {bool: dict(action=argparse.BooleanOptionalAction)} | {k: dict(type=number(k, 0)) for k in (int, float)}
     for name, (default, text, *more) in table.items():
         example = default["32"] if isinstance(default, dict) else default
-        kind = dict(type=float, nargs=len(example)) if isinstance(example, tuple) else kinds.get(type(example), {})
+        kind = kinds[float] | dict(nargs=len(example)) if isinstance(example, tuple) else kinds.get(type(example), {})
         kind = kind | (more[0] if more else {})
         shown = ", ".join(f"{k} {v}" for k, v in default.items()) if isinstance(default, dict) else default
         text += f" (default: {shown})" * (example is not None)
@@ -1074,7 +1090,7 @@ def settle(args, table, side, count=1, gpu=True):
     args.warmup = args.epochs / 10 if args.warmup is None else min(args.warmup, args.epochs)
     top = args.img_size or (min(48, side) if args.preset == "cpu" else side)
     if isinstance(args.patch, str):  # "1/8 of the image"
-        args.patch = max(1, top // int(args.patch[2]))
+        args.patch = max(1, top // int(args.patch.split()[0][2:]))
     args.img_size = args.img_size or top // args.patch * args.patch
     if args.img_size < args.patch or args.img_size % args.patch:
         raise InputError(f"--img-size {args.img_size} is not a multiple of --patch {args.patch}: change one of them")
@@ -1132,6 +1148,8 @@ def load_data(args, table, device, images=None):
     be shared among processes.
     """
     rank, world = processes()
+    if isinstance(images, Images):
+        raise InputError("images must be a pair: main(images=(train, test)), or (train, None)")
     if images and args.data == "demo.npz":
         args.data = "own"  # for the name of the folder
     train, test = images or open_images(args.data)
@@ -1153,8 +1171,7 @@ def load_data(args, table, device, images=None):
 
 
 def step_memory(args, net, parts, device):
-    """About how many bytes training needs in a process, to a factor of 1.5. Where that is more than there is, a GPU
-    gets micro-batches, and a CPU, where memory may be needed by others, an InputError.
+    """About how many bytes training needs in a process, to a factor of 1.5. Refuses more than there is.
 
     parts: (tokens of an image, width, blocks) of all that keeps activations for the backward pass. A block keeps some
     16 numbers a token and channel: the inputs of its norms and linear layers, queries, keys, values, and the MLP's
@@ -1165,7 +1182,8 @@ def step_memory(args, net, parts, device):
     image = (
         sum(n * (16 * width * blocks + 8 * args.patch**2 * len(net.mean)) for n, width, blocks in parts) * bytes_each
     )
-    fixed = sum(p.numel() * (16 if p.requires_grad else 8) for p in net.parameters())
+    trained = 16 if world == 1 else 20  # bytes of a weight; DistributedDataParallel holds gradients twice
+    fixed = sum(p.numel() * (trained if p.requires_grad else 8) for p in net.parameters())
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
     else:
@@ -1175,11 +1193,8 @@ def step_memory(args, net, parts, device):
     if need(args.accumulate) > there:
         can = [n for n in range(args.accumulate, args.batch + 1) if args.batch % (n * world) == 0 and need(n) <= there]
         gib = f"about {need(args.accumulate) / 2**30:.1f} GiB of memory, and there are {there / 2**30:.1f}"
-        if device.type != "cuda" or not can:
-            way = f"--accumulate {can[0]}, " if can else ""
-            raise InputError(f"a step needs {gib}: give {way}a smaller --batch or --size, or --preset cpu")
-        args.accumulate = can[0]
-        note(f"--accumulate {can[0]}, as a step needs {gib}")
+        way = f"--accumulate {can[0]}, " if can else ""
+        raise InputError(f"a step needs {gib}: give {way}a smaller --batch or --size, or --preset cpu")
     return need(args.accumulate)
 
 
@@ -1226,8 +1241,12 @@ def resume(args, parts, images, script):
 
     parts: name -> what training needs to resume (network, optimizer, scaler). images: the number of training images.
     script: the method's file. Raises InputError if last.pt is of a run with other options or images.
+
+    All random numbers of a step follow from the seed and the step, so nothing of them is saved. A run that is killed
+    loses what it did since its last save, about a minute, and does it again, bit for bit.
     """
-    file, digest = Path(args.out, "last.pt"), hashlib.sha256(Path(script).read_bytes()).hexdigest()
+    file, sources = Path(args.out, "last.pt"), [Path(f).read_bytes() for f in (script, __file__)]
+    digest = hashlib.sha256(b"".join(sources)).hexdigest()
     now = dict(args=vars(args), images=images, script=digest)
     if not file.exists():
         return 0, [to_json(now)]
@@ -1249,7 +1268,7 @@ def resume(args, parts, images, script):
     for name, part in parts.items():
         part.load_state_dict(state[name])
     if then["script"] != digest:
-        note("warning: the script has changed since this run began; another --out begins a new one")
+        note("warning: the script or vit.py has changed since this run began; another --out begins a new one")
     return state["step"], state["log"]
 
 
@@ -1257,15 +1276,18 @@ def save(args, parts, vit, config, step, log):
     """Writes args.out/last.pt after `step`, on process 0: what resume needs, and the encoder."""
     state = {name: part.state_dict() for name, part in parts.items()} | dict(options=vars(args), log=log.lines)
     save_checkpoint(Path(args.out, "last.pt"), state | dict(step=step + 1, encoder=vit.state_dict(), config=config))
+    log.saved = time.perf_counter()  # the next one rests from the end of this one
 
 
-def steps(images, args, first, stop, device):
-    """Yields (step, images on the device, last) and seeds drop path. last: whether this start ends with this step.
+def steps(images, args, log, device):
+    """Yields (step, images on the device, leaving) and seeds drop path. leaving: whether this step is the last here.
 
-    It ends at `stop`, or where Ctrl-C or SIGTERM came (with several processes: within ten steps of it, all together).
-    Then SystemExit follows, so that main saves and leaves. A second Ctrl-C leaves at once.
+    That is at log.stop, or where Ctrl-C or SIGTERM came (with several processes: within ten steps of it, all together).
+    Then SystemExit follows, so that main can save first. A second Ctrl-C leaves at once.
     """
-    (rank, world), asked = processes(), []
+    (rank, world), asked, first, stop = processes(), [], log.first, log.stop
+    if mean_over_processes(torch.tensor(float(first), device=device)) != first:
+        raise InputError("processes found different checkpoints: --out must be one folder that all machines share")
 
     def on_signal(number, _):
         if asked and number == signal.SIGINT:
@@ -1278,12 +1300,15 @@ def steps(images, args, first, stop, device):
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM) if main_thread}
     loader = stream(images, batches(len(images), args.batch, first, stop, args.seed), device, args.workers)
     bar = tqdm(loader, total=stop, initial=first, unit="step", leave=False, disable=True if rank else None)
+    log.started = log.since = log.saved = time.perf_counter()
     try:
         for step, imgs in enumerate(bar, first):
             number = asked[0] if asked else 0
-            if world > 1:  # has any process been asked to stop?
-                there = torch.tensor(float(number), device=device)
-                number = signal.SIGTERM if step % 10 == 9 and mean_over_processes(there) > 0 else 0
+            if world > 1 and step % 10 == 9:  # has any process been asked to stop?
+                any_asked = mean_over_processes(torch.tensor(float(number), device=device)) > 0
+                number = signal.SIGTERM if any_asked else 0
+            elif world > 1:
+                number = 0
             torch.manual_seed(((args.seed * 1_000_003 + step) * world + rank) % 2**63)
             yield step, imgs, step + 1 == stop or number > 0
             if number and step + 1 < stop:
@@ -1307,13 +1332,16 @@ class Log:
         self.file, self.lines, self.first, self.stop = Path(args.out, "log.jsonl"), list(lines), first, stop
         self.batch, self.optimizer, self.rank = args.batch, optimizer, processes()[0]
         self.per_epoch = self.rows()[0]["images"] // args.batch
-        self.trained = self.last("seconds").get("seconds", 0.0)  # at earlier starts
-        self.started = self.since = self.saved = time.perf_counter()
+        self.trained = self.latest("seconds").get("seconds", 0.0)  # at earlier starts
+        self.started = self.since = self.saved = 0.0  # set by `steps`
         self.shown, self.counted, self.warned = 0.0, first, False
         self.updates, self.moved = self.count_updates(), first - 1
         if self.rank == 0:
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
+                for old in self.file.parent.glob("*.part"):  # of a process that was killed while it saved
+                    if time.time() - old.stat().st_mtime > 3600:
+                        old.unlink()
                 part = self.file.with_suffix(f".{os.getpid()}.part")
                 part.write_text("".join(line + "\n" for line in self.lines))
                 os.replace(part, self.file)
@@ -1333,7 +1361,7 @@ class Log:
     def rows(self):
         return [json.loads(line) for line in self.lines]
 
-    def last(self, *keys):
+    def latest(self, *keys):
         """The last value of each key."""
         return {k: row[k] for row in self.rows() for k in keys if k in row}
 
@@ -1344,18 +1372,16 @@ class Log:
     def picture(self, name):
         return self.file.with_name(f"{name}.png")
 
-    def due(self, step, last):
-        return step == self.first or (step + 1) % LOG_EVERY == 0 or last
+    def due(self, step, leaving):
+        return step == self.first or (step + 1) % LOG_EVERY == 0 or leaving
 
-    def save_due(self, step, last):
+    def save_due(self, step, leaving):
         """At the end, when asked to stop, and at the first row that is a minute after the last save."""
-        now = time.perf_counter()
-        due = last or self.due(step, last) and now - self.saved >= SAVE_EVERY
-        self.saved = now if due else self.saved
-        return due and self.rank == 0
+        rested = time.perf_counter() - self.saved >= SAVE_EVERY
+        return self.rank == 0 and (leaving or self.due(step, leaving) and rested)
 
     def step(self, step, warning=None, **row):
-        """Writes `row` and what every run logs; the only point in the loop that waits for the GPU.
+        """Writes `row` and what every run logs. With .tolist() before it, the only point that waits for the GPU.
 
         warning: printed once. 20 steps in a row with a gradient that is not finite end the run.
         """
@@ -1406,7 +1432,8 @@ class Log:
 
 
 class Monitor:
-    """k-NN accuracy of an encoder while it trains: k = 20, T = 0.07, at most 800 test images among 4,000.
+    """k-NN accuracy of an encoder while it trains: k = 20, T = 0.07, the neighbours of at most 800 test
+    images among at most 4,000 training images.
 
     On process 0 alone, and where there are labelled test images.
     """
@@ -1439,16 +1466,17 @@ class Monitor:
             values = ", ".join(f"{k[4:]} {self.text(v)}" for k, v in found.items())
             say(f"k-NN before training, {len(self.sets[1])} test images: {values}")
 
-    def when_due(self, step, last, log):
-        """After each tenth of the epochs, and at the end; not where the run was asked to stop, which may be urgent."""
-        if self.sets and (step + 1 == log.stop or (step + 1) % (self.every * log.per_epoch) == 0 and not last):
+    def when_due(self, step, leaving, log):
+        """About ten times in a run, and at its end; not where it was asked to stop, which may be urgent."""
+        finished, at_interval = step + 1 == log.stop, (step + 1) % (self.every * log.per_epoch) == 0
+        if self.sets and (finished or at_interval and not leaving):
             accuracy = self.knn()
             log.accuracy(step, f"k-NN {self.text(accuracy)}", knn=accuracy)
 
     def result(self, args, log):
         """What main returns and prints. Warns where k-NN is within two standard errors of that before training."""
-        found = log.last("knn_pixels", self.start, "step", "loss", "knn", "seconds")
-        if self.sets and "knn" in found and log.stop == args.epochs * log.per_epoch:
+        found = log.latest("knn_pixels", self.start, "step", "loss", "knn", "seconds")
+        if self.sets and {"knn", "knn_pixels", self.start} <= found.keys() and log.stop == args.epochs * log.per_epoch:
             knn, start, raw = found["knn"], found[self.start], found["knn_pixels"]
             what = f"(k-NN {self.text(knn)}, before training {start:.1f}, raw pixels {raw:.1f}). "
             if knn <= start + 2 * (start * (100 - start) / len(self.sets[1])) ** 0.5:

@@ -38,7 +38,16 @@ from linear import WITH_LABELS, Classifier, accuracies, sample_crops, save_class
 from vit import InputError, ViT  # 1 network
 from vit import batches, mean_and_std, prepare  # 2 images
 from vit import crop_resize  # 3 views
-from vit import autocast, cosine, distribute, inner, mean_over_processes, optimizer_step, processes, shard  # 4 training
+from vit import (
+    autocast,
+    cosine,
+    distribute,
+    unwrap,
+    mean_over_processes,
+    optimizer_step,
+    processes,
+    shard,
+)  # 4 training
 from vit import resume, save  # 6 checkpoints
 from vit import COUNT, SHARE, Log, cli, describe, launch, options, steps  # 7 runs
 
@@ -98,7 +107,7 @@ def mixed_loss(net, imgs, labels, weight, smoothing):
 
 def finetune_step(model, optimizer, scaler, imgs, labels, draws, lr, size, args):
     """One optimiser step. Returns the loss, (), still on the device."""
-    net = inner(model)
+    net = unwrap(model)
     x = (crop_resize(imgs.float() / 255, draws["box"], draws["flip"], size) - net.mean) / net.std
     with autocast(x.device, args.precision):
         loss = mixed_loss(model, x, labels, draws["weight"], args.smoothing)
@@ -135,38 +144,38 @@ def finetune(args, vit, train, test, config, device):
     name = Path(args.checkpoint).parent.name if Path(args.checkpoint).stem == "last" else Path(args.checkpoint).stem
     name += "-scratch" * args.scratch + f"-drop{args.drop_ratio}" * (args.drop_ratio > 0)
     args.out = args.out or f"runs/finetune-{name}"
-    parts, per_epoch = dict(net=net, optimizer=optimizer, scaler=scaler), len(train) // batch
+    state, per_epoch = dict(net=net, optimizer=optimizer, scaler=scaler), len(train) // batch
     total, size = args.epochs * per_epoch, config["img_size"][0]
     describe(args, train, vit)
-    first, lines = resume(args, parts, len(train), __file__)
+    first, lines = resume(args, state, len(train), __file__)
     log = Log(args, lines, first, total, optimizer)
     model = distribute(net.train())
 
     labels, start = train.labels.to(device), time.perf_counter()
     keys = batches(len(train), batch, first, total, args.seed)  # which images a step gets
-    for (step, imgs, last), (index, _) in zip(steps(train, args, first, total, device), keys, strict=True):
+    for (step, imgs, leaving), (index, _) in zip(steps(train, args, log, device), keys, strict=True):
         lr = cosine(step, total, args.lr * batch / 256, 1e-6, min(5, args.epochs / 10) * per_epoch)
         draws = shard(sample_mixes(args, step, train.side), device)
         y = labels[torch.as_tensor(index).to(device, non_blocking=True)]
         loss = finetune_step(model, optimizer, scaler, imgs, y, draws, lr, size, args)
-        if log.due(step, last):
+        if log.due(step, leaving):
             value = mean_over_processes(loss).item()
             log.step(step, loss=value, lr=lr)
             if not value < 100 * math.log(len(train.classes)):
                 raise InputError(f"the loss is {value:.3g}: lower --lr")
-        if (step + 1) % per_epoch == 0:
+        if step + 1 == total or (step + 1) % per_epoch == 0 and not leaving:
             logits = shared_features(net.eval(), test, config, device, args.precision, args.batch, args.workers)
             net.train()
             accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
             log.accuracy(step, f"accuracy {accuracy:.1f} %", accuracy=accuracy)
-        if log.save_due(step, last):
-            save(args, parts, vit, config, step, log)
+        if log.save_due(step, leaving):
+            save(args, state, vit, config, step, log)
             log.draw_curve("accuracy")
     seconds = time.perf_counter() - start
     if rank == 0:
         save_classifier(Path(args.out, "classifier.pt"), net.eval(), config, train.classes)
     gmacs = macs(vit.config, config["img_size"], args.drop_ratio, len(train.classes)) / 1e9
-    last = log.last("accuracy", "seconds") if rank == 0 else dict(accuracy=None, seconds=0)
+    last = log.latest("accuracy", "seconds") if rank == 0 else dict(accuracy=None, seconds=0)
     result = dict(finetuned=last["accuracy"], scratch=args.scratch, drop_ratio=args.drop_ratio, gmacs=round(gmacs, 4))
     result |= dict(feature=feature, norm=norm, train=len(train), test=len(test), minutes=round(last["seconds"] / 60, 2))
     if total > first:

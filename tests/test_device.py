@@ -68,7 +68,7 @@ def test_a_step_stays_on_the_gpu_and_does_not_wait_for_it(method, mode, accumula
 
 @pytest.mark.parametrize("pos", ["learned", "sincos"])
 def test_features_and_knn_on_a_gpu(pos, mode, monkeypatch):
-    """k-NN waits twice, for the number of classes and for the result; both are given here."""
+    """k-NN waits for the number of classes, which is given here."""
     encoder = vit.ViT(16, 4, pos=pos, **vit.SIZES["test"])
     config = dict(encoder.config, mean=[0.5] * 3, std=[0.3] * 3)
     encoder = on_gpu(mode, encoder.eval())
@@ -79,10 +79,10 @@ def test_features_and_knn_on_a_gpu(pos, mode, monkeypatch):
         monkeypatch.setattr(vit, "in_order", lambda *_: None)
         monkeypatch.setattr(vit, "stream", lambda *_: [images()])
         found += [vit.features(encoder.encode, range(8), config, torch.device("cuda"))]
-        for name, value in dict(__bool__=lambda _: True, __int__=lambda _: 2, tolist=lambda t: t).items():
+        for name, value in dict(__bool__=lambda _: True, __int__=lambda _: 2).items():
             monkeypatch.setattr(type(labels), name, value)
-        found += vit.knn(found[-1], labels, found[-1], labels)[20]
-        assert len(found) == 8 and all(t.device.type == "cuda" for t in found)
+        found += [vit.knn_hits(found[-1], labels, found[-1], labels)[20]]
+        assert len(found) == 7 and all(t.device.type == "cuda" for t in found)
 
 
 def test_measures_on_a_gpu(mode):
@@ -110,7 +110,7 @@ def test_pictures_on_a_gpu(method, mode, monkeypatch):
     with mode:
         x = torch.zeros(4, 3, 16, 16, device="cuda")
         if method in ("dino", "hybrid"):
-            vit.save_grid(dino.attention_columns(net.teacher.vit, x, net.mean, net.std), "x.png")
+            dino.save_grid(dino.attention_columns(dino.cls_attention(net.teacher.vit, x), x), "x.png")
         if method in ("mae", "pcae", "hybrid"):
             mae_pcae.draw(net.mae if method == "hybrid" else net, x, "x.png")
         if method == "siameseim":

@@ -10,7 +10,7 @@ import torch
 import dino
 import eval_knn
 import vit
-from conftest import tiny
+from conftest import fails, tiny
 
 
 def brute_force(train, labels, test, wanted, k, temperature=0.07):
@@ -64,6 +64,9 @@ def test_the_script(npz, capsys):
         assert z["best"].tolist() == z["cls"].tolist() and z["best"].shape == (24,)
     found = eval_knn.main(["run/last.pt", "--k", "20", "--against", "f.npz"])["results"]["against"]
     assert found == dict(file="f.npz", right_alone=0, other_right_alone=0, p=1.0)
+    for other in (["--limit", "20"], ["--k", "1"]):
+        line = fails(eval_knn.main, ["run/last.pt", "--against", "f.npz", *other], capsys)
+        assert "f.npz is of other test images, or of k = 20" in line
 
 
 @pytest.mark.parametrize("alone", [(0, 0), (9, 2), (2, 9), (40, 31)])

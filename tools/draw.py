@@ -14,7 +14,6 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -63,12 +62,10 @@ def read_square(file, config, device):
     return prepare(img.to(device), config)
 
 
-@torch.no_grad()
-def masked_columns(vit, x, image):
-    """The patches that hold 60 % of each head's attention; the rest of the image is dark."""
-    kept = attention_mask(vit.attention(x, queries=1)[:, :, 0, 1:]).float()  # (B, H, N)
-    kept = F.interpolate(kept.unflatten(2, (-1, x.shape[-1] // vit.patch)), size=x.shape[-2:])
-    shown = image[:, None] * (0.15 + 0.85 * kept[:, :, None])
+def masked_columns(maps, image):
+    """The patches that hold 60 % of each head's attention, maps (B, H, h/P, w/P); the rest of the image is dark."""
+    kept = attention_mask(maps.flatten(2)).float().view_as(maps)
+    shown = image[:, None] * (0.15 + 0.85 * F.interpolate(kept, size=image.shape[-2:])[:, :, None])
     return {f"head {i}: 60 %": column for i, column in enumerate(shown.unbind(1), 1)}
 
 
@@ -87,8 +84,8 @@ def main(argv=None):
     for name in args.files:
         x = read_square(name, config | dict(img_size=size), device)
         written.append(out / f"attention-{Path(name).stem}.png")
-        columns = dino.attention_columns(vit, x, mean, std)
-        columns |= masked_columns(vit, x, columns["image"])
+        maps, image = dino.cls_attention(vit, x), x * std + mean
+        columns = dino.attention_columns(maps, image) | masked_columns(maps, image)
         save_grid(columns, written[-1], args.img_size or 96)
         if net:
             written.append(out / f"{kind}-{Path(name).stem}.png")
