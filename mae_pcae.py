@@ -33,6 +33,7 @@ Differs from the authors' code:
   teacher starts as a copy of the student and moves once in an optimiser step (theirs: copied only when distributed,
   moved in every micro-batch). Predictions have the encoder's width (theirs: that of a patch's pixels). No drop path by
   default, and never in the decoder (theirs: up to .25 in the encoder, .25 in every decoder block).
+- The learning rate reaches its peak in the last step of the warm-up, as DINO's (theirs: in the step after it).
 - A gradient that is not finite skips the step. --batch counts all processes and micro-batches.
 """
 
