@@ -67,7 +67,7 @@ OPTIONS = COMMON | dict(
     size=(by_preset("nano", "nano", "tiny", "small", "base"), "width, depth and heads", dict(choices=SIZES)),
     patch=(by_preset(4, "1/8 of the image", 4, 8, 16), "patch size, px", COUNT),
     img_size=(by_preset(32, None, None, 96, 224), "side of the network's input, px", COUNT),
-    epochs=(by_preset(16, "400000 images", 400), "length of the run (PCAE on the demo set: 24)", COUNT),
+    epochs=(by_preset(16, "800000 images", 400), "length of the run (PCAE on the demo set: 24)", COUNT),
     batch=(by_preset(64, 64, 512, 512, 4096), "images in a step (PCAE, demo: 32), of all processes", COUNT),
     lr=(by_preset(8e-3, 4e-3, 1e-3, 3e-4, 1.5e-4), "learning rate for batch 256; scaled with the batch"),
     warmup=(by_preset(2.0, None, 20.0, 20.0, 40.0), "epochs over which the learning rate rises"),
