@@ -154,10 +154,10 @@ def main(argv=None, images=None, backbone=ViT):
         net.compile()
 
     for step, imgs, leaving in steps(train, args, log, device):
-        schedule, due = schedules(step, total, per_epoch, args), log.due(step, leaving)
+        schedule = schedules(step, total, per_epoch, args)
         draws = shard(sample_step(args, step, train.side), device)  # this process's part of what is drawn for the batch
-        stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args, norms=due)
-        if due:
+        stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args, log.due(step, leaving))
+        if log.due(step, leaving):
             names = ("loss", "mim", "cl", "entropy", "grad_norm", "grad_mim", "grad_cl")
             row = dict(zip(names, mean_over_processes(stats).tolist(), strict=True), lr=schedule.lr)
             warmed_up = args.weight and step >= args.warmup * per_epoch

@@ -21,6 +21,9 @@ from PIL import Image
 import bench
 import dino
 import embed
+import hybrid
+import mae_pcae
+import siameseim
 import vit
 from conftest import MAIN, ROOT, dino_fast, encoder, environment, fails, tiny
 
@@ -303,3 +306,22 @@ def test_tests_that_the_docs_name_are_there():
     named = set(re.findall(r"`(test_\w+)`", text))
     assert len(named) > 25 and all(f"def {name}(" in here for name in named)
     assert all((ROOT / "tests" / name).exists() for name in re.findall(r"`(test_\w+\.py)`", text))
+
+
+SHARED = "options launch load_data manual_seed start_from adamw step_memory describe resume encoder_config Log Monitor "
+SHARED += (
+    "before distribute compile steps schedules shard sample_step train_step due step when_due save_due save result"
+)
+
+
+@pytest.mark.parametrize("module", [mae_pcae, siameseim, hybrid])
+def test_mains_do_the_same_in_the_same_order(module):
+    """They are repeated on purpose: what is shared is called in dino.py's order."""
+    found = lambda m: dict.fromkeys(c for c in re.findall(r"(\w+)\(", inspect.getsource(m.main)) if c in SHARED.split())
+    assert [*found(module)] == [*found(dino)] and found(dino).keys() == set(SHARED.split())
+    assert len(inspect.getsource(module.main).splitlines()) <= 55
+
+
+def test_byol_s_recipe_is_the_same_in_both_scripts():
+    recipe = lambda m: inspect.getsource(m.augment).partition("if x.shape[1] == 3:")[2]
+    assert recipe(dino) == recipe(siameseim) != ""
