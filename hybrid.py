@@ -26,6 +26,7 @@ if __name__ == "__main__":
     print("loading PyTorch ...", file=sys.stderr, flush=True)  # it takes seconds
 
 import torch
+import torch._functorch.config
 from torch import nn
 
 import dino
@@ -73,6 +74,7 @@ class Hybrid(nn.Module):
         return self.mae(crop, noise)[0], self.student(*views)
 
     def compile(self):
+        torch._functorch.config.donated_buffer = False  # gradient_norm keeps the graph for backward()
         dino.DINO.compile(self)
         self.mae.compile()
 
