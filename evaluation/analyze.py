@@ -399,11 +399,11 @@ def draw_sheet(models, lines, file, patch, grid):
         color, dash = list(dict.fromkeys(methods)).index(methods[i]), methods[:i].count(methods[i]) % 4
         styles[name] = dict(color=f"C{color}", linestyle=("-", "--", "-.", ":")[dash])
     panels = [p for p in next(iter(lines.values())) if any(curve[p] for curve in lines.values())]
-    rows = math.ceil((len(panels) + 1) / 5)  # the last panel is the legend
+    rows = math.ceil((len(panels) + 1) / 4)  # the last panel is the legend
     figure = Figure((20, 3.6 * rows), layout="constrained")
     uniform = torch.full((1, 1, 1 + math.prod(grid), 1 + math.prod(grid)), 1.0)
     marks = {panels[0]: attention_distance(uniform, patch, grid).item(), "NMI of query and key": 0.0}
-    axes = figure.subplots(rows, 5, squeeze=False).flatten()
+    axes = figure.subplots(rows, 4, squeeze=False).flatten()
     for ax, panel in zip(axes, panels, strict=False):
         for name, curve in lines.items():
             if curve[panel]:
