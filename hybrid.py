@@ -6,7 +6,7 @@ Park et al., "What Do Self-Supervised Vision Transformers Learn?", ICLR 2023, ar
     python hybrid.py --weight 0.5 --data cifar10     # with the options of dino.py except --ablate
     torchrun --nproc-per-node=2 hybrid.py --data photos/
 
-Measured: `python hybrid.py`, k-NN 67.4 ± 0.6 % (n = 3 seeds), untrained 35.2, raw pixels 25.1 (RESULTS.md).
+Measured: `python hybrid.py`, k-NN 67.4 ± 0.7 % (n = 3 seeds), untrained 34.6, raw pixels 25.1 (RESULTS.md).
 
 The idea. L = (1 - w) L_MIM + w L_CL (Figure 12; w is its lambda). CL shapes the later layers and separates images; MIM
 shapes the earlier ones and keeps positions; a little CL helps MIM. MAE sees crops of its own, flipped but not coloured;

@@ -7,7 +7,7 @@ Tao et al., "Siamese Image Modeling for Self-Supervised Vision Representation Le
     torchrun --nproc-per-node=2 siameseim.py --data photos/  # several processes share each batch
     python siameseim.py --ablate same-view                   # what is the other view there for?
 
-Measured: `python siameseim.py`, k-NN 64.1 ± 2.8 % (n = 3 seeds), untrained 29.4, raw pixels 25.1 (RESULTS.md).
+Measured: `python siameseim.py`, k-NN 64.9 ± 1.6 % (n = 3 seeds), untrained 29.2, raw pixels 25.1 (RESULTS.md).
 
 The idea. Masked image modelling learns where things are, contrastive learning what they are; this does both. Two
 views of an image are cropped and coloured independently. The online network sees part of view a, is told where the
