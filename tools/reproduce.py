@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +29,7 @@ SCRIPTS |= dict(siameseim=["siameseim.py"], hybrid=["hybrid.py"])
 SMALL = dict(preset=32, size="nano", batch=128)  # --cpu
 DECODER = dict(decoder_dim=64, decoder_depth=2, decoder_heads=4)
 HEAD = dict(patch=8, hidden=512, prototypes=1024, lr=2e-3, warmup=1, momentum=0.98, drop_path=0, local_crops=4)
+LOCK = threading.Lock()
 RECIPES = dict(
     dino=SMALL | HEAD,
     mae=SMALL | DECODER | dict(lr=4e-3, warmup=2),
@@ -83,7 +85,7 @@ def evaluate(args, script, folder, file, *words):
 
 def one(args, method, seed):
     folder = args.out / f"{method}-{seed}"
-    train(args, method, folder, *epochs_that_fit(args, method), "--seed", str(seed))
+    train(args, method, folder, *args.epochs[method], "--seed", str(seed))
     evaluate(args, "eval_knn.py", folder, folder / "knn.json", "--precision", "auto")
     evaluate(args, "evaluation/linear.py", folder, folder / "linear.json")
     short = dict(batch=64, mixup=0, drop_path=0) if args.cpu else {}
@@ -91,7 +93,8 @@ def one(args, method, seed):
         short["layer_decay"] = 1
     short |= dict(epochs=args.finetune_epochs, out=folder / "finetune")
     evaluate(args, "evaluation/finetune.py", folder, folder / "finetune.json", *flags(short))
-    table(args.out)
+    with LOCK:
+        table(args.out)
     print(f"{method}, seed {seed}: done", flush=True)
 
 
@@ -138,6 +141,7 @@ def main(argv=None):
     if args.cpu:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.out.mkdir(parents=True, exist_ok=True)
+    args.epochs = {method: epochs_that_fit(args, method) for method in args.only}
     jobs = [(method, seed) for method in args.only for seed in range(args.seeds)]
     with ThreadPoolExecutor(2 if args.cpu else 1) as pool:
         list(pool.map(lambda job: one(args, *job), jobs))
