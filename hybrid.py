@@ -10,8 +10,8 @@ Measured: `python hybrid.py`, k-NN 67.4 ± 0.7 % (n = 3 seeds), untrained 34.6, 
 
 The idea. L = (1 - w) L_MIM + w L_CL (Figure 12; w is its lambda). CL shapes the later layers and separates images; MIM
 shapes the earlier ones and keeps positions; a little CL helps MIM. MAE sees crops of its own, flipped but not coloured;
-DINO sees its usual views. The log has the norm of each weighted gradient in the encoder (grad_mim and grad_cl), as w
-says little about which one is stronger.
+DINO sees its usual views. The log has, every 100 steps, the norm of each weighted gradient in the encoder (grad_mim and
+grad_cl), as w says little about which one is stronger.
 
 This file shows how to combine two method files: the models, losses and augmentation of dino.py and mae_pcae.py are
 called, not repeated. Differs from the paper: DINO and MAE instead of MoCo v3 and SimMIM; optimiser, schedules,
@@ -158,10 +158,11 @@ def main(argv=None, images=None, backbone=ViT):
     for step, imgs, leaving in steps(train, args, log, device):
         schedule = schedules(step, total, per_epoch, args)
         draws = shard(sample_step(args, step, train.side), device)  # this process's part of what is drawn for the batch
-        stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args, log.due(step, leaving))
+        norms = step == 0 or (step + 1) % 100 == 0  # they cost two more backward passes
+        stats = train_step(model, optimizer, scaler, imgs, draws, schedule, args, norms)
         if log.due(step, leaving):
-            names = ("loss", "mim", "cl", "entropy", "grad_norm", "grad_mim", "grad_cl")
-            row = dict(zip(names, mean_over_processes(stats).tolist(), strict=True), lr=schedule.lr)
+            names = ("loss", "mim", "cl", "entropy", "grad_norm", "grad_mim", "grad_cl")[: 7 if norms else 5]
+            row = dict(zip(names, mean_over_processes(stats).tolist(), strict=False), lr=schedule.lr)
             warmed_up = args.weight and step >= args.warmup * per_epoch
             kl = row["cl"] - row["entropy"]
             warning = dino.collapse_warning(row["entropy"], kl, args.prototypes) if warmed_up else None
