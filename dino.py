@@ -46,7 +46,7 @@ from torch import nn
 
 # isort: off
 from vit import SIZES, InputError, ViT  # 1 network
-from vit import four, prepare, seeded  # 2 images
+from vit import four, note, prepare, seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
 from vit import adamw, autocast, cosine, distribute, ema_update, unwrap, mean_over_processes  # 4 training step
 from vit import micro_batches, optimizer_step, shard
@@ -375,6 +375,8 @@ def main(argv=None, images=None, backbone=ViT):
     total = args.epochs * per_epoch  # steps
     memory = step_memory(args, net, activations(args), device)  # refuses more than there is
     describe(args, train, encoder, memory)
+    if args.preset == "cpu" and total * args.batch < 800_000:
+        note("DINO needs to see about a million images; in less, mae_pcae.py learns more (README, Your own photos)")
     check_momentum(args.momentum, total)
 
     first, lines = resume(args, state, len(train), __file__)

@@ -484,7 +484,8 @@ def test_without_a_gpu_the_preset_for_a_cpu_is_taken(method, folder, capsys):
     """Whatever the photos' size; a run's length is a number of images, and the first lines say what will be done."""
     options = f"--data {folder} --device cpu --steps 2 --out run" + " --method pcae" * (method == "pcae")
     MAIN[method](options.split())
-    out, args = capsys.readouterr().out, log()[0]["args"]
+    (out, err), args = capsys.readouterr(), log()[0]["args"]
+    assert ("mae_pcae.py learns more" in err) == (method == "dino")
     patch = 4 if method in ("dino", "hybrid") else 2
     found = [args[k] for k in ("preset", "size", "img_size", "patch", "batch")]
     assert found == ["cpu", "nano", 16, patch, 64] and args["warmup"] == args["epochs"] / 10
