@@ -1,5 +1,6 @@
 """Faults that cost time to provoke; longer: KILLS=50 SOAK=2000 python -m pytest -m slow tests/test_faults.py"""
 
+import contextlib
 import functools
 import os
 import random
@@ -42,6 +43,14 @@ def children(pid):
     return found + [c for p in found for c in children(p)]
 
 
+def kill_all(process):
+    """kill -9 of a process and all that it started; torchrun's workers are in sessions of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGSTOP)  # it starts no more
+        for pid in [*children(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+
+
 KILLS = int(os.environ.get("KILLS", 3))
 
 
@@ -50,15 +59,14 @@ def kill_at_random_moments(name, argv, out="run"):
 
     Moments are between half and twice the time that a first start needs for its first save on this machine.
     """
-    moments, resumed, started, group = random.Random(0), 0, time.time(), dict(start_new_session=True)
-    process = spawn(argv, **group)
+    moments, resumed, started, process = random.Random(0), 0, time.time(), spawn(argv)
     wait_for(process, lambda: os.path.exists(f"{out}/last.pt"))
     ready = time.time() - started
-    os.killpg(process.pid, signal.SIGKILL), process.communicate()
+    kill_all(process), process.communicate()
     for _ in range(KILLS):
-        process = spawn(argv, **group)
+        process = spawn(argv)
         time.sleep(moments.uniform(0.5 * ready, 2 * ready))
-        os.killpg(process.pid, signal.SIGKILL)  # torchrun and its workers too
+        kill_all(process)
         resumed += "resumes after step" in process.communicate()[0]
         assert process.returncode == -9
     print(f"{name}: {resumed} of {KILLS} runs had resumed when they were killed")
