@@ -108,7 +108,8 @@ def table(out):
         return f"{statistics.mean(values):.1f}{deviation}" if values else ""
 
     for method in SCRIPTS:
-        done = [file.parent for file in sorted(out.glob(f"{method}-*/finetune.json"))]
+        folders = [file.parent for file in sorted(out.glob(f"{method}-*/finetune.json"))]
+        done = [d for d in folders if (d / "knn.json").exists() and (d / "linear.json").exists()]
         if not done:
             continue
         knn, logs = [read(d / "knn.json") for d in done], [(d / "log.jsonl").read_text().splitlines() for d in done]
