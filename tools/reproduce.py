@@ -149,7 +149,8 @@ def main(argv=None):
     runs = [args.out / f"{method}-{seed}" for method, seed in jobs]
     words = [*(d / "last.pt" for d in runs), "--out", args.out / "analysis", "--results"]
     words += [d / name for d in runs for name in ("linear.json", "finetune.json")]
-    run([ROOT / "evaluation/analyze.py", *words, *args.device], args.out / "analysis.txt")
+    if not (args.out / "analysis/analysis.json").exists():
+        run([ROOT / "evaluation/analyze.py", *words, *args.device], args.out / "analysis.txt")
     print((args.out / "table.md").read_text())
 
 
