@@ -255,12 +255,11 @@ def sample_views(batch, views, side, scale, blur, solarize, color, g):
 def sample_step(args, step, side):
     """All random numbers of a step: those of the two global views and of the local ones, for the whole batch.
 
-    blur, solarize: a probability for each view, or one for all.
+    Of blur and of solarization each view has its own probability; local views share one.
     """
-    g, common = seeded(args.seed, step), dict(color=args.color)
-    two = sample_views(args.batch, 2, side, args.global_scale, blur=[1.0, 0.1], solarize=[0.0, 0.2], **common, g=g)
-    local = dict(blur=[0.5], solarize=[0.0], **common, g=g)
-    return two, sample_views(args.batch, args.local_crops, side, args.local_scale, **local)
+    g, color = seeded(args.seed, step), args.color
+    two = sample_views(args.batch, 2, side, args.global_scale, [1.0, 0.1], [0.0, 0.2], color, g)
+    return two, sample_views(args.batch, args.local_crops, side, args.local_scale, [0.5], [0.0], color, g)
 
 
 def augment(imgs, draws, size, unit, mean, std):
@@ -329,9 +328,8 @@ def cls_attention(vit, x):
 
 def attention_columns(maps, image):
     """Columns for save_grid: image (B, C, h, w) in [0, 1], and each head of cls_attention; the brightest patch is 1."""
-    heat = F.interpolate(maps / maps.amax(dim=(-2, -1), keepdim=True), size=image.shape[-2:], mode="bicubic").clamp(
-        0, 1
-    )
+    heat = maps / maps.amax(dim=(-2, -1), keepdim=True)
+    heat = F.interpolate(heat, size=image.shape[-2:], mode="bicubic").clamp(0, 1)
     heat = torch.stack([(3 * heat - k).clamp(0, 1) for k in range(3)], dim=2)  # black, red, yellow, white
     return dict(image=image) | {f"head {i}": h for i, h in enumerate(heat.unbind(1), 1)}
 

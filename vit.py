@@ -728,9 +728,8 @@ def adamw(net, precision, betas=(0.9, 0.999)):
     """AdamW (group 0 has weight decay; group 1, biases and norms, has none) and the scaler for fp16."""
     params = [p for p in net.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim <= 1])]
-    optimizer = torch.optim.AdamW(
-        groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True
-    )  # fused: skips by found_inf
+    # fused, as that one skips a step by found_inf: see optimizer_step
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
     return optimizer, torch.amp.GradScaler(params[0].device.type, enabled=precision == "fp16")
 
 
@@ -1324,7 +1323,7 @@ def steps(images, args, log, device):
 class Log:
     """The lines of log.jsonl, one JSON object each, and what is printed of them. Process 0 alone writes and prints.
 
-    lines: those saved at an earlier start; log.jsonl is written anew from them, so what a killed run logged after its
+    lines: those saved at an earlier start; log.jsonl is rewritten from them, so what a killed run logged after its
     last save goes. optimizer: it counts the steps that were not skipped.
     """
 
@@ -1454,9 +1453,13 @@ class Monitor:
         self.vit.train(training)
         return round(knn(x, y.to(x.device), test_x, test_y.to(x.device))[20][0], 2)
 
+    def error(self, accuracy):
+        """The standard error of an accuracy over the test images; both in percent."""
+        return (accuracy * (100 - accuracy) / len(self.sets[1])) ** 0.5
+
     def text(self, accuracy):
         """The accuracy with its standard error."""
-        return f"{accuracy:.1f} ± {(accuracy * (100 - accuracy) / len(self.sets[1])) ** 0.5:.1f} %"
+        return f"{accuracy:.1f} ± {self.error(accuracy):.1f} %"
 
     def before(self, log):
         """Measures k-NN of raw pixels and of the network before training, where the run begins."""
@@ -1479,7 +1482,7 @@ class Monitor:
         if self.sets and {"knn", "knn_pixels", self.start} <= found.keys() and log.stop == args.epochs * log.per_epoch:
             knn, start, raw = found["knn"], found[self.start], found["knn_pixels"]
             what = f"(k-NN {self.text(knn)}, before training {start:.1f}, raw pixels {raw:.1f}). "
-            if knn <= start + 2 * (start * (100 - start) / len(self.sets[1])) ** 0.5:
+            if knn <= start + 2 * self.error(start):
                 say(f"warning: little was learned {what}See 'When it does not learn' in README.md")
             elif knn < raw:
                 say(f"no better than raw pixels yet {what}See 'When it does not learn' in README.md")

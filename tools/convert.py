@@ -77,11 +77,11 @@ def load_file(file):
     if not str(file).endswith(".safetensors"):
         return load_checkpoint(file, HARMLESS)
     try:
-        from safetensors.torch import load_file
+        import safetensors.torch
     except ImportError:
         raise InputError(f"{file}: pip install safetensors first") from None
     with reading(file, "file of safetensors"):
-        return load_file(file)
+        return safetensors.torch.load_file(file)
 
 
 def read_encoder(file, heads=None):
