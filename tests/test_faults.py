@@ -122,7 +122,7 @@ def test_a_worker_that_dies_ends_the_run_which_then_resumes(folder):
     for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)
     text = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "DataLoader worker" in text, text
+    assert process.returncode in (1, 2) and "DataLoader worker" in text, text  # 2: torch raised it within a save
     assert start("dino.py", *tiny("--epochs", 500, "--steps", 20, data=folder)).returncode == 0
 
 
