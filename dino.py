@@ -46,7 +46,7 @@ from torch import nn
 
 # isort: off
 from vit import SIZES, InputError, ViT  # 1 network
-from vit import four, note, prepare, seeded  # 2 images
+from vit import four, mean_and_std, note, prepare, seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
 from vit import adamw, autocast, cosine, distribute, ema_update, unwrap, mean_over_processes  # 4 training step
 from vit import micro_batches, optimizer_step, shard
@@ -327,11 +327,24 @@ def cls_attention(vit, x):
 
 
 def attention_columns(maps, image):
-    """Columns for save_grid: image (B, C, h, w) in [0, 1], and each head of cls_attention; the brightest patch is 1."""
-    heat = maps / maps.amax(dim=(-2, -1), keepdim=True)
+    """Columns for save_grid: image (B, C, h, w) in [0, 1], each head of cls_attention, and the scale of the colours.
+
+    The heads of an image have one scale, from 0, black, by red and yellow to the largest value of them all, white.
+    """
+    heat = maps / maps.amax(dim=(1, 2, 3), keepdim=True)
     heat = F.interpolate(heat, size=image.shape[-2:], mode="bicubic").clamp(0, 1)
-    heat = torch.stack([(3 * heat - k).clamp(0, 1) for k in range(3)], dim=2)  # black, red, yellow, white
-    return dict(image=image) | {f"head {i}": h for i, h in enumerate(heat.unbind(1), 1)}
+    scale = torch.linspace(0, 1, image.shape[-1], device=heat.device).expand_as(heat[:, :1])
+    heat = torch.cat([heat, scale], dim=1)
+    heat = torch.stack([(3 * heat - k).clamp(0, 1) for k in range(3)], dim=2)
+    names = [f"head {i}" for i in range(1, maps.shape[1] + 1)]
+    return dict(image=image) | dict(zip([*names, "0 to largest"], heat.unbind(1), strict=True))
+
+
+def draw_attention(vit, imgs, config, file):
+    """Where the CLS token of each head attends in imgs, uint8 (B, C, S, S)."""
+    x = prepare(imgs, config)
+    mean, std = mean_and_std(config, x.device)
+    save_grid(attention_columns(cls_attention(vit, x), x * std + mean), file)
 
 
 def check(args):
@@ -382,6 +395,8 @@ def main(argv=None, images=None, backbone=ViT):
     log = Log(args, lines, first, min(total, args.steps or total), optimizer)
     monitor = Monitor(args, encoder, config, train, test, device)
     monitor.before(log)
+    if log.rank == 0 and not first:
+        draw_attention(encoder, four(train, device), config, log.picture("attention-untrained"))
     model = distribute(net)
     if args.compile:
         net.compile()
@@ -399,9 +414,7 @@ def main(argv=None, images=None, backbone=ViT):
         if log.save_due(step, leaving):
             save(args, state, encoder, config, step, log)
             log.draw_curve()
-            sample = prepare(four(train, device), config)
-            columns = attention_columns(cls_attention(encoder, sample), sample * net.std + net.mean)
-            save_grid(columns, log.picture("attention"))
+            draw_attention(encoder, four(train, device), config, log.picture("attention"))
     return monitor.result(args, log)
 
 

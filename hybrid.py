@@ -38,7 +38,7 @@ from vit import ViT  # 1 network
 from vit import four, prepare  # 2 images
 from vit import adamw, autocast, distribute, ema_update, unwrap, mean_over_processes, micro_batches  # 4 training step
 from vit import optimizer_step, shard
-from vit import Monitor, save_grid  # 5 evaluation
+from vit import Monitor  # 5 evaluation
 from vit import encoder_config, resume, save, start_from  # 6 checkpoints
 from vit import COUNT, SHARE, Log, by_preset, check_momentum, cli, describe, launch, load_data  # 7 runs
 from vit import options, step_memory, steps, vit_kwargs
@@ -151,6 +151,8 @@ def main(argv=None, images=None, backbone=ViT):
     log = Log(args, lines, first, min(total, args.steps or total), optimizer)
     monitor = Monitor(args, encoder, config, train, test, device)
     monitor.before(log)
+    if log.rank == 0 and not first:
+        dino.draw_attention(encoder, four(train, device), config, log.picture("attention-untrained"))
     model = distribute(net)
     if args.compile:
         net.compile()
@@ -171,10 +173,8 @@ def main(argv=None, images=None, backbone=ViT):
         if log.save_due(step, leaving):
             save(args, state, encoder, config, step, log)
             log.draw_curve()
-            sample = prepare(four(train, device), config)
-            columns = dino.attention_columns(dino.cls_attention(encoder, sample), sample * net.std + net.mean)
-            save_grid(columns, log.picture("attention"))
-            mae_pcae.draw(net.mae, sample, log.picture("reconstruction"))
+            dino.draw_attention(encoder, four(train, device), config, log.picture("attention"))
+            mae_pcae.draw(net.mae, prepare(four(train, device), config), log.picture("reconstruction"))
     return monitor.result(args, log)
 
 

@@ -1412,21 +1412,27 @@ class Log:
         self.since, self.counted = time.perf_counter(), step + 1
 
     def draw_curve(self, key="knn"):
-        """Draws curve.png: the loss, and `key` beside raw pixels and the network before training, over epochs."""
+        """Draws curve.png, over epochs: the loss, with DINO's entropy and KL beside ln K, their limit; `key` beside raw
+        pixels and the network before training.
+        """
         from matplotlib.figure import Figure  # importing it takes half a second
 
-        rows, figure = self.rows(), Figure((8, 3), layout="constrained")
+        rows, figure = self.rows(), Figure((10, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
-        titles = dict(loss="loss", knn="k-NN accuracy, % (k = 20)", accuracy="accuracy, %")
-        for axes, name in ((left, "loss"), (right, key)):
-            points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label="trained")
-            axes.set(xlabel="epoch", title=titles[name])
-        for name, style in (("knn_pixels", ":"), ("knn_untrained", "--"), ("knn_start", "--")):
-            for value in (row[name] for row in rows if name in row):
-                right.axhline(value, color="grey", linestyle=style, label=name[4:])
-        if right.get_legend_handles_labels()[1]:
-            right.legend()
+        for axes, names in ((left, ("loss", "entropy", "kl")), (right, (key,))):
+            for name in names:
+                points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=name)
+        levels = [(right, k[4:], v) for row in rows for k, v in row.items() if k.startswith("knn_")]
+        if "prototypes" in rows[0]["args"]:
+            levels.append((left, "ln K", math.log(rows[0]["args"]["prototypes"])))
+        for i, (axes, name, value) in enumerate(levels):
+            axes.axhline(value, color="grey", linestyle=("--", ":", "-.")[i], label=name)
+        left.set(xlabel="epoch", title="loss")
+        right.set(xlabel="epoch", title="k-NN accuracy, % (k = 20)" if key == "knn" else "accuracy, %")
+        for axes in (axes for axes in (left, right) if axes.get_legend_handles_labels()[1]):
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, not over them
         figure.savefig(self.picture("curve"), dpi=100)
 
 
@@ -1479,13 +1485,16 @@ class Monitor:
     def result(self, args, log):
         """What main returns and prints. Warns where k-NN is within two standard errors of that before training."""
         found = log.latest("knn_pixels", self.start, "step", "loss", "knn", "seconds")
-        if self.sets and {"knn", "knn_pixels", self.start} <= found.keys() and log.stop == args.epochs * log.per_epoch:
+        text = f"done in {found.get('seconds', 0) / 60:.1f} minutes"
+        if self.sets and {"knn", "knn_pixels", self.start} <= found.keys():
             knn, start, raw = found["knn"], found[self.start], found["knn_pixels"]
-            what = f"(k-NN {self.text(knn)}, before training {start:.1f}, raw pixels {raw:.1f}). "
-            if knn <= start + 2 * self.error(start):
-                say(f"warning: little was learned {what}See 'When it does not learn' in README.md")
-            elif knn < raw:
-                say(f"no better than raw pixels yet {what}See 'When it does not learn' in README.md")
+            text += f": k-NN {self.text(knn)} ({self.start[4:]} {start:.1f}, pixels {raw:.1f})"
+            finished = log.stop == args.epochs * log.per_epoch
+            if finished and knn <= start + 2 * self.error(start):
+                text += "; warning: little was learned, see 'When it does not learn' in README.md"
+            elif finished and knn < raw:
+                text += "; no better than raw pixels yet, see 'When it does not learn' in README.md"
+        say(f"{text}; see {log.picture('curve')}")
         found["checkpoint"] = str(Path(args.out, "last.pt"))
-        say(to_json(found))
+        say(to_json({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}))
         return found

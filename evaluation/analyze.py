@@ -1,7 +1,7 @@
 """What did it learn? Attention, representation and architecture of encoders, side by side, with a verdict per claim.
 
 Park et al., "What Do Self-Supervised Vision Transformers Learn?", ICLR 2023, arXiv 2305.00729: contrastive
-learning (CL) against masked image modelling (MIM).
+learning (CL) against masked image modelling (MIM). The claims are in CLAIMS.
 
     python evaluation/analyze.py runs/dino-demo/last.pt runs/mae-demo/last.pt --out runs/analysis
     python evaluation/analyze.py weights/*.pt --data cifar10 --out runs/analysis
@@ -14,9 +14,9 @@ Several files of one kind are averaged; how they differ counts as error over see
 one image size and patch size; else they are not comparable.
 
 Where the paper's protocol is public (its notebooks) ours is the same: attention distance, normalised mutual
-information, Fourier log amplitude. Ours are: similarity of attention maps, of tokens within and across images, singular
-values, linear probes and k-NN by depth, robustness to band noise, shape against texture; each is defined in its
-function. What is measured image by image does not depend on --batch or on the order of files.
+information, Fourier log amplitude. The others are our own: similarity of attention maps, of tokens within and across
+images, singular values, linear probes and k-NN by depth, robustness to band noise, shape against texture; each is
+defined in its function. What is measured image by image does not depend on --batch or on the order of files.
 
 A verdict compares means: `holds` or `fails` where the margin is more than two standard errors, else `undecided`. Errors
 are over images, and over seeds where there are several (few seeds: where nothing differs, two encoders on each side
@@ -58,7 +58,7 @@ OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("checkpoint", "i
     limit=(1000, "test images that are measured", COUNT),
     train_images=(5000, "training images of linear probes and k-NN", COUNT),
     quick=(False, "200 test and 500 training images, fewer noise bands"),
-    batch=(50, "images at a time; the results do not depend on it", COUNT),
+    batch=(50, "images at a time", COUNT),
     precision=("fp32", "attention and Fourier measures need fp32", dict(choices=("fp32",))),
 )
 
@@ -164,8 +164,8 @@ def shape_or_texture(features, shapes, textures, k=20):
     near = similar.topk(min(k, len(u) - 1), dim=1)[1]
     shape, texture = shapes[:, None] == shapes, textures[:, None] == textures
     only = (shape & ~texture).float(), (texture & ~shape).float()
-    found = [o.gather(1, near).sum(dim=1) / o.sum(dim=1).clamp(min=1) for o in only]
-    return found[0] / (found[0] + found[1])  # 0/0: nan
+    by_shape, by_texture = (o.gather(1, near).sum(dim=1) / o.sum(dim=1).clamp(min=1) for o in only)
+    return by_shape / (by_shape + by_texture)  # 0/0: nan
 
 
 # one checkpoint ------------------------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def measure_images(vit, images, config, args, device):
     """
     rows, spectra, grid = {}, [0.0] * (len(vit.blocks) + 1), vit.grid
     encode = lambda x: torch.cat([pooled(t, "mean") for t in tokens_by_depth(vit, x)], dim=1)
-    means = features(encode, images, config, device, batch=args.batch, workers=args.workers)
-    means = means.cpu().double().mean(dim=0).float().to(device).split(vit.dim)  # of all images, at each depth
+    by_image = features(encode, images, config, device, batch=args.batch, workers=args.workers).cpu().double()
+    means = by_image.mean(dim=0).float().to(device).split(vit.dim)  # at each depth, the mean token of all images
 
     def note(depth, **values):
         for name, v in values.items():
@@ -206,7 +206,7 @@ def measure_images(vit, images, config, args, device):
             s = singular_values(tokens)
             note(depth, rank=effective_rank(s))
             spectra[depth] += (s / s[:, :1]).clamp(min=1e-6).log10().sum(dim=0).cpu() / len(images)
-            if depth < len(vit.blocks):
+            if depth < len(vit.blocks):  # block number depth + 1 attends among these tokens
                 block = vit.blocks[depth]
                 maps = block.attn.maps(block.norm1(x)).float()
                 note(depth + 1, distance=attention_distance(maps, vit.patch, grid), nmi=nmi(maps))
@@ -231,28 +231,28 @@ def features_by_depth(vit, images, config, args, device, noise=None):
 
 
 def measure_encoder(vit, config, sets, args, device):
-    """All measurements of one encoder: by image and depth, k-NN and linear probes, shape against texture, robustness
-    (noise of 0.5 standard deviations of its input).
+    """All measurements of one encoder: by image and depth; k-NN (k = 20) and linear probes (SGD, 30 epochs, rate 0.3);
+    shape against texture; robustness (noise of 0.5 standard deviations of its input).
     """
     vit = vit.to(device).eval()
     by_image, spectrum = measure_images(vit, sets["test"], config, args, device)
     found = dict(images=by_image, spectrum=spectrum, test=len(sets["test"]))
     train, test = (features_by_depth(vit, sets[s], config, args, device) for s in ("train", "test"))
     found["image_rank"] = [effective_rank(singular_values(t)).item() for t in test]
-    if sets["train"].labels is not None and sets["test"].labels is not None:
-        y, wanted, n = sets["train"].labels.to(device), sets["test"].labels.to(device), len(train[0])
-        batch, found["knn"], found["linear"] = min(256, n), [], []
+    if sets["train"].labels is not None:
+        y, wanted = sets["train"].labels.to(device), sets["test"].labels.to(device)
+        n, found["knn"], found["linear"], found["noise"] = len(y), [], [], {}
+        batch = min(256, n)
         total = 30 * (n // batch)
         for a, b in zip(train, test, strict=True):
             found["knn"].append(knn(a, y, b, wanted)[20][0])
             pairs = ((a[i], y[i]) for i, _ in batches(n, batch, 0, total, 0))
             norm, weight, bias = train_heads(pairs, total, a.shape[1], len(sets["train"].classes), [0.3], batch, device)
             found["linear"] += accuracies(norm(b) @ weight + bias, wanted)
-        bands = torch.arange(0, 1, 0.2 if args.quick else 0.1).tolist()
-        found["noise"] = {}
-        for band in bands:
-            g = torch.Generator().manual_seed(0)
-            noise = lambda shape, band=band, g=g: 0.5 * band_noise(shape, band, g, bands[1])
+        width = 0.2 if args.quick else 0.1
+        for band in torch.arange(0, 1, width).tolist():
+            g = torch.Generator().manual_seed(0)  # the same noise for every encoder
+            noise = lambda shape, band=band, g=g: 0.5 * band_noise(shape, band, g, width)
             noisy = features_by_depth(vit, sets["test"], config, args, device, noise)
             found["noise"][round(band, 2)] = knn(train[-1], y, noisy[-1], wanted)[20][0] - found["knn"][-1]
     if "shapes" in sets:
@@ -281,7 +281,10 @@ def compare(a, b):
 
 
 def verdict(claim, what, a, b):
-    """Is a > b, or a < b, as `what` says, by more than two standard errors? a, b: groups; empty: not measured."""
+    """Is a > b, or a < b, whichever sign stands in `what`, by more than two standard errors?
+
+    a, b: groups, see compare; empty: not measured. An error that is nan, of one image alone: undecided.
+    """
     if not a or not b:
         return dict(claim=claim, what=what, verdict="not measured")
     margin, error = compare(a, b)
@@ -292,7 +295,7 @@ def verdict(claim, what, a, b):
 
 
 SIDES = dict(dino="cl", mae="mim", pcae="mim")  # what a checkpoint's method says; siameseim and hybrid are both
-CLAIMS = (  # number; measure, of an encoder or of another evaluation; depths; which side is larger or smaller
+CLAIMS = (  # number, title, measure, depths (None: a measure of --results), which side is larger or smaller
     (1, "attention distance, later third", "distance", "later", "cl > mim"),
     (2, "NMI, later third", "nmi", "later", "cl < mim"),
     (3, "attention alike across queries, later third", "queries", "later", "cl > mim"),
@@ -300,8 +303,8 @@ CLAIMS = (  # number; measure, of an encoder or of another evaluation; depths; w
     (4, "token cosine, one image, less mean token, last block", "clustered", "last", "cl > mim"),
     (5, "high against low frequency, all blocks", "fourier", "blocks", "cl < mim"),
     (6, "share of shape in what neighbours have in common", "shape", "last", "cl > mim"),
-    (7, "linear probe, first third of blocks", "probe", "first", "cl < mim"),
-    (7, "linear probe, last third of blocks", "probe", "later", "cl > mim"),
+    (7, "linear probe, first third of blocks", "linear", "first", "cl < mim"),
+    (7, "linear probe, last third of blocks", "linear", "later", "cl > mim"),
     (8, "linear probe", "linear", None, "cl > mim"),
     (8, "fine-tuned (the paper: ViT-B and larger)", "finetuned", None, "cl < mim"),
     (9, "linear segmentation, IoU by image (the paper: COCO)", "dense", None, "cl < mim"),
@@ -321,7 +324,7 @@ def some_depths(depths, where):
 
 def of_encoder(found, measure, where):
     """A measure of one encoder at some depths: [(mean, standard error)], or [] where it was not measured."""
-    if measure == "probe" and "linear" in found:  # over depths; the error is that of a share of the test images
+    if measure == "linear" and "linear" in found:  # over depths; the error is that of a share of the test images
         share = np.mean(some_depths(found["linear"][:-1], where)) / 100
         return [(100 * share, 100 * math.sqrt(share * (1 - share) / found["test"]))]
     if measure == "shape" and "shape" in found:
@@ -334,83 +337,102 @@ def of_encoder(found, measure, where):
     return [(values.mean().item(), (values.std() / len(values) ** 0.5).item())]
 
 
+def of_encoders(models, measure, where, sides):
+    """A measure of the encoders of each side at some depths: lists of (mean, standard error)."""
+    found = {side: [] for side in sides}
+    for m in models.values():
+        if m["kind"] in found:
+            found[m["kind"]] += of_encoder(m["found"], measure, where)
+    return list(found.values())
+
+
 def of_results(results, measure, sides):
     """A measure of linear.py, finetune.py or dense.py for each side: lists of (value, standard error).
 
-    results: (side, JSON). Raises InputError where runs on other data, labels or epochs would be compared.
+    results: (side, JSON). Runs of --scratch and --drop-ratio are left out. Raises InputError where runs on other data,
+    labels or epochs would be compared.
     """
-    rows = [(side, r) for side, r in results if measure in r["results"] and side in sides]
-    rows = [(side, r) for side, r in rows if not r["args"].get("scratch") and not r["args"].get("drop_ratio")]
-    if len({(r["data"], r["args"].get("labels"), r["args"].get("epochs")) for _, r in rows}) > 1:
-        raise InputError(f"--results: {measure} of several --data, --labels or --epochs cannot be compared")
-    found = {side: [] for side in sides}
-    for side, r in rows:
-        value = r["results"][measure]
-        error = r["results"].get("error") or math.sqrt(max(1e-9, value * (100 - value)) / r["results"]["test"])
+    found, runs = {side: [] for side in sides}, set()
+    for side, r in results:
+        args, scores = r["args"], r["results"]
+        if side not in sides or measure not in scores or args.get("scratch") or args.get("drop_ratio"):
+            continue
+        runs.add((r["data"], args.get("labels"), args.get("epochs")))
+        value = scores[measure]
+        error = scores.get("error") or math.sqrt(max(1e-9, value * (100 - value)) / scores["test"])
         found[side].append((value, error))
-    return [found[side] for side in sides]
+    if len(runs) > 1:
+        raise InputError(f"--results: {measure} of several --data, --labels or --epochs cannot be compared")
+    return list(found.values())
 
 
 def verdicts(models, results, files):
-    """Ten checks from the paper. models: name -> dict(kind, found). results: JSON of others. files: {file: kind}."""
-    by_side, found = [(SIDES.get(r["method"]) or files.get(r["checkpoint"]) or r["method"], r) for r in results], []
+    """CLAIMS, checked. models: name -> dict(kind, found). results: JSON of others. files: {file: kind}."""
+    side = lambda r: files.get(r["checkpoint"]) or SIDES.get(r["method"]) or r["method"]
+    by_side, checked = [(side(r), r) for r in results], []
     for claim, title, measure, where, sides in CLAIMS:
         a, sign, b = sides.split()
-        if where is None:
-            pair = of_results(by_side, measure, (a, b))
-        else:
-            members = [[m["found"] for m in models.values() if m["kind"] == side] for side in (a, b)]
-            pair = [[x for m in group for x in of_encoder(m, measure, where)] for group in members]
-        found.append(verdict(claim, f"{title}: {SHOWN[a]} {sign} {SHOWN[b]}", *pair))
-    return found
+        pair = of_encoders(models, measure, where, (a, b)) if where else of_results(by_side, measure, (a, b))
+        checked.append(verdict(claim, f"{title}: {SHOWN[a]} {sign} {SHOWN[b]}", *pair))
+    return checked
 
 
 # output --------------------------------------------------------------------------------------------------------------
 
 
+TITLES = dict(  # of panels: what measure_images measures
+    distance="attention distance, px",
+    nmi="NMI of query and key",
+    queries="attention alike across queries",
+    heads="attention alike across heads",
+    within="token cosine, one image",
+    clustered="token cosine, one image, less mean token",
+    fourier="log amplitude, highest - DC",
+    fourier_without_dc="log amplitude, highest - lowest",
+    rank="effective rank of an image's tokens",
+)
+
+
 def curves(found):
-    """Panel name -> the numbers of one model over depth (or over frequency), for the sheet."""
+    """Panel title -> the numbers of one model over depth (or over frequency), for the sheet."""
     mean = lambda name: [(d, v.mean().item()) for d, v in sorted(found["images"].get(name, {}).items())]
-    steps = lambda name: list(enumerate(found.get(name, [])[:-1], 1))  # the last is the method's own feature
-    names = dict(distance="attention distance, px", nmi="NMI of query and key")
-    names |= dict(queries="attention alike across queries", heads="attention alike across heads")
-    names |= dict(within="token cosine, one image", clustered="token cosine, one image, less mean token")
-    names |= dict(fourier="log amplitude, highest - DC", fourier_without_dc="log amplitude, highest - lowest")
-    names |= dict(rank="effective rank of an image's tokens")
-    out = {title: mean(name) for name, title in names.items()}
+    by_block = lambda name: list(enumerate(found.get(name, [])[:-1], 1))  # the last is the method's own feature
+    out = {title: mean(name) for name, title in TITLES.items()}
     out["log10 singular values of tokens, last block"] = list(enumerate(found["spectrum"][-1], 1))
-    out["effective rank of images"] = steps("image_rank")
-    out |= {"linear probe, %": steps("linear"), "k-NN, %": steps("knn")}
+    out["effective rank of images"] = by_block("image_rank")
+    out["linear probe, %"], out["k-NN, %"] = by_block("linear"), by_block("knn")
     out["k-NN change under noise, points"] = sorted(found.get("noise", {}).items())
-    shape = enumerate(found.get("shape", [])[:-1], 1)
-    out["shape share of what neighbours share"] = [(i, v.mean().item()) for i, v in shape if len(v)]
+    out["shape share of what neighbours share"] = [(i, v.mean().item()) for i, v in by_block("shape") if len(v)]
     return out
 
 
-def draw_sheet(models, lines, file, patch, grid):
-    """A panel for each measure, a line for each model, from curves(). Grey: uniform attention, attention to itself.
+def draw_sheet(models, tables, file, patch, grid):
+    """A panel for each measure, a line for each model, from curves(). Grey: uniform attention, attention to itself (on
+    this patch size and grid).
 
     A colour for each method, a dash for each of its models, so that seeds are seen as one.
     """
     from matplotlib.figure import Figure
 
-    methods, styles = [m["method"] for m in models.values()], {}
-    for i, name in enumerate(models):
-        color, dash = list(dict.fromkeys(methods)).index(methods[i]), methods[:i].count(methods[i]) % 4
-        styles[name] = dict(color=f"C{color}", linestyle=("-", "--", "-.", ":")[dash])
-    panels = [p for p in next(iter(lines.values())) if any(curve[p] for curve in lines.values())]
+    styles, seen = {}, {}
+    for name, m in models.items():
+        seen[m["method"]] = seen.get(m["method"], -1) + 1
+        color, dash = list(seen).index(m["method"]), ("-", "--", "-.", ":")[seen[m["method"]] % 4]
+        styles[name] = dict(color=f"C{color}", linestyle=dash)
+    panels = [p for p in next(iter(tables.values())) if any(curve[p] for curve in tables.values())]
     rows = math.ceil((len(panels) + 1) / 4)  # the last panel is the legend
     figure = Figure((20, 3.6 * rows), layout="constrained")
-    uniform = torch.full((1, 1, 1 + math.prod(grid), 1 + math.prod(grid)), 1.0)
-    marks = {panels[0]: attention_distance(uniform, patch, grid).item(), "NMI of query and key": 0.0}
+    tokens = 1 + math.prod(grid)
+    farthest = attention_distance(torch.ones(1, 1, tokens, tokens), patch, grid).item()
+    marks = {TITLES["distance"]: (farthest, 0.0), TITLES["nmi"]: (0.0, 1.0)}  # uniform attention, attention to itself
     axes = figure.subplots(rows, 4, squeeze=False).flatten()
     for ax, panel in zip(axes, panels, strict=False):
-        for name, curve in lines.items():
+        for name, curve in tables.items():
             if curve[panel]:
                 ax.plot(*zip(*curve[panel], strict=True), marker="o", markersize=3, label=name, **styles[name])
         if panel in marks:
-            ax.axhline(marks[panel], color="grey", linestyle=":", label="uniform attention")
-            ax.axhline(0.0 if panel == panels[0] else 1.0, color="grey", linestyle="--", label="attention to itself")
+            ax.axhline(marks[panel][0], color="grey", linestyle=":", label="uniform attention")
+            ax.axhline(marks[panel][1], color="grey", linestyle="--", label="attention to itself")
         across = "frequency, Nyquist = 1" if "noise" in panel else "rank" if "singular" in panel else "block"
         ax.set(title=panel, xlabel=across)
     for ax in axes[len(panels) :]:
@@ -434,15 +456,15 @@ def draw_queries(encoders, imgs, file):
     axes = figure.subplots(*shape, squeeze=False, subplot_kw=bare)
     for column, (name, (vit, config)) in enumerate(encoders.items(), 1):
         grid, maps = vit.grid, patches_only(vit.attention(prepare(imgs, config)).float()).mean(dim=1)
-        maps = maps.unflatten(1, grid).unflatten(3, grid).cpu().numpy()
+        maps = maps.unflatten(1, grid).unflatten(3, grid).cpu().numpy()  # (n, h, w, h, w): query, then key
         axes[0, column].set_title(name, fontsize=8)
         for row, (m, (y, x)) in enumerate((m, q) for m in maps for q in queries):
             y, x = int(y * grid[0]), int(x * grid[1])
             axes[row, column].imshow(m[y, x], cmap="magma")
             axes[row, column].plot(x, y, "s", color="red", markersize=4, fillstyle="none")
     first, channels = next(iter(encoders.values()))[1], imgs.shape[1]
-    plain = dict(img_size=first["img_size"], mean=[0.0] * channels, std=[1.0] * channels)
-    shown = prepare(imgs, plain).cpu().numpy()  # what that one sees
+    raw = dict(img_size=first["img_size"], mean=[0.0] * channels, std=[1.0] * channels)
+    shown = prepare(imgs, raw).cpu().numpy()  # what the first encoder sees, not normalised
     for row, (img, (y, x)) in enumerate((i, q) for i in shown for q in queries):
         axes[row, 0].imshow(img[[0, 1, 2] if len(img) == 3 else [0, 0, 0]].transpose(1, 2, 0))
         axes[row, 0].plot(x * img.shape[2], y * img.shape[1], "s", color="red", markersize=6, fillstyle="none")
@@ -457,20 +479,24 @@ def plain(x):
         return {str(k): plain(v) for k, v in x.items()}
     if isinstance(x, list):
         return [plain(v) for v in x]
-    return x if not isinstance(x, float) else round(x, 6) if math.isfinite(x) else None
+    if isinstance(x, float):
+        return round(x, 6) if math.isfinite(x) else None
+    return x
 
 
 def load_sets(args, config):
     """Training and test images with labels where there are some, and shape and texture labels where they are known."""
     side, (train, test) = resize_side(config["img_size"]), open_images(args.data)
-    test = train if test is None else test  # without labels there are no k-NN and no probe
+    if test is None:  # none could be held out: no k-NN and no probe
+        train = test = Images(train.items, side=train.side, files=train.files)
     sets = dict(train=train.subset(args.train_images).at(side), test=test.subset(args.limit).at(side))
     if args.cue_conflict:
         files = [f for f in list_images(args.cue_conflict) if "-" in Path(f).stem]
         if not files:
             raise InputError(f"--cue-conflict {args.cue_conflict}: no <shape class>/<shape>-<texture>.png in it")
-        kinds = [Path(f).parent.name for f in files], [Path(f).stem.split("-")[-1].rstrip("0123456789") for f in files]
-        shapes, textures = (torch.from_numpy(np.unique(k, return_inverse=True)[1]) for k in kinds)
+        number = lambda names: torch.from_numpy(np.unique(names, return_inverse=True)[1])
+        textures = number([Path(f).stem.split("-")[-1].rstrip("0123456789") for f in files])
+        shapes = number([Path(f).parent.name for f in files])
         sets |= dict(cue=Images(files, side=side), shapes=shapes, textures=textures)
     elif Path(args.data).name == "demo.npz":
         _, shapes = open_images(args.data, label="shapes")
@@ -491,7 +517,11 @@ def load_encoders(args):
     """The encoders of args.checkpoints: a list of (file, kind or None, ViT, config)."""
     if not args.checkpoints:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise InputError(f"--json {args.json}: no such folder")
     files = [c.rsplit("=", 1) if c.endswith(("=cl", "=mim")) else [c, None] for c in args.checkpoints]
+    if len({file for file, _ in files}) < len(files):
+        raise InputError("a checkpoint is given twice: it would count as two seeds")
     return [(file, kind, *read_encoder(file, args.heads)) for file, kind in files]
 
 
@@ -502,7 +532,8 @@ def measure_all(loaded, sets, args, device):
         if config["in_chans"] != sets["test"].channels:
             raise InputError(f"{file} takes {config['in_chans']} channels, {args.data} has {sets['test'].channels}")
         name = Path(file).stem if Path(file).stem != "last" else Path(file).parent.name
-        name = name if name not in {*models, "untrained"} or file == "untrained" else str(file)
+        if name in models or (name == "untrained" and file != "untrained"):
+            name = str(file)
         kind = kind or SIDES.get(config.get("method"), "other")
         found = measure_encoder(vit, config, sets, args, device)
         models[name] = dict(kind=kind, method=config.get("method", name), found=found)
@@ -517,7 +548,7 @@ def print_table(tables):
         print(f"  {title:40}" + "".join(f"{text:>{width[name]}}" for name, text in cells.items()))
 
     line("last block, or highest band", {name: name for name in tables})
-    for panel in next(iter(tables.values())):
+    for panel in (p for p in next(iter(tables.values())) if "singular" not in p):  # its last value says nothing
         row = {name: table[panel] for name, table in tables.items()}
         if any(row.values()):
             line(panel, {name: f"{curve[-1][1]:.3f}" if curve else "-" for name, curve in row.items()})
@@ -534,7 +565,7 @@ def print_claims(claims):
         if "margin" in c:
             numbers = ": {:.3f} against {:.3f}, ".format(*c["values"])
             numbers += f"margin {c['margin']:.3f} ± {c['error']:.3f}, " + "{} and {} encoders".format(*c["seeds"])
-        print(f"  claim {c['claim']:2} {c['verdict']:12} {c['what']}{numbers}")
+        print(f"  claim {c['claim']:2} {c['verdict']:14} {c['what']}{numbers}")
 
 
 @cli
@@ -542,19 +573,20 @@ def main(argv=None):
     args = options(__doc__, OPTIONS, argv)
     if args.quick:
         args.limit, args.train_images = min(args.limit, 200), min(args.train_images, 500)
-    device, out = launch(args, alone=True), Path(args.out)
+    device = launch(args, alone=True)
     loaded, results = load_encoders(args), [read_result(f) for f in args.results]
-    args.data = args.data or loaded[0][3].get("data", "demo.npz")
-    sets = load_sets(args, max((config for *_, config in loaded), key=lambda c: max(c["img_size"])))
+    _, _, vit, config = loaded[0]
+    args.data = args.data or config.get("data", "demo.npz")
+    sets = load_sets(args, max((c for *_, c in loaded), key=lambda c: max(c["img_size"])))  # the largest input
     torch.manual_seed(args.seed)
-    vit, config = loaded[0][2:]
     loaded.append(("untrained", "untrained", ViT(**vit.config), config | dict(method="untrained")))
     models = measure_all(loaded, sets, args, device)
     claims = verdicts(models, results, {file: kind for file, kind, *_ in loaded})
     if len({(*config["img_size"], config["patch"]) for *_, config in loaded}) > 1:  # of grids that differ
-        for claim in claims:
-            claim["verdict"] = "not comparable" if claim["claim"] in (1, 2, 5) else claim["verdict"]
+        for claim in (c for c in claims if c["claim"] in (1, 2, 5)):
+            claim["verdict"] = "not comparable"
 
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     tables = {name: curves(m["found"]) for name, m in models.items()}
     draw_sheet(models, tables, out / "analysis.png", vit.patch, vit.grid)
@@ -566,7 +598,7 @@ def main(argv=None):
     full = dict(images=len(sets["test"]), models={n: plain(m) for n, m in models.items()}, claims=plain(claims))
     (out / "analysis.json").write_text(json.dumps(full, indent=1))
     summary = dict(out=str(out), images=len(sets["test"]), verdicts=[f"{c['claim']}: {c['verdict']}" for c in claims])
-    args.checkpoint = args.checkpoints
+    args.checkpoint = args.checkpoints  # report reads it
     return report("analyze", args, {}, summary) | dict(results=full)
 
 

@@ -8,7 +8,8 @@
 
 AdamW, learning rates that fall with depth (layer decay), crops, flips, mixup, label smoothing, drop path, trained
 positions (MAE, arXiv 2111.06377, appendix A.1). Mean tokens get a fresh LayerNorm (fc_norm) instead of the encoder's
-final one. The folder (runs/finetune-NAME) has last.pt, to resume from, classifier.pt, log.jsonl and curve.png.
+final one. The folder (runs/finetune-NAME, after the run's folder or the file) has last.pt, to resume from,
+classifier.pt, log.jsonl and curve.png.
 
 Token dropping (PCAE, ICLR 2023, Table 5): inside three blocks, evenly spaced (blocks 3, 6, 9 of 12, counted from 0),
 between attention and MLP, a share of the patch tokens is dropped: those most similar to their mean. CLS always stays,
@@ -22,8 +23,6 @@ scratch.
 
 import math
 import sys
-import time
-import timeit
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +35,10 @@ from linear import WITH_LABELS, Classifier, accuracies, sample_crops, save_class
 
 # isort: off
 from vit import InputError, ViT  # 1 network
-from vit import batches, mean_and_std, prepare  # 2 images
+from vit import batches, mean_and_std  # 2 images
 from vit import crop_resize  # 3 views
-from vit import (
-    autocast,
-    cosine,
-    distribute,
-    unwrap,
-    mean_over_processes,
-    optimizer_step,
-    processes,
-    shard,
-)  # 4 training
+from vit import autocast, cosine, distribute, mean_over_processes, optimizer_step  # 4 training step
+from vit import processes, shard, unwrap
 from vit import resume, save  # 6 checkpoints
 from vit import COUNT, SHARE, Log, cli, describe, launch, options, steps  # 7 runs
 
@@ -68,9 +59,10 @@ OPTIONS = WITH_LABELS | dict(
 def sample_mixes(args, step, side):
     """All random numbers of a step, for the whole batch: a crop, a flip, and mixup's weight, at least one half."""
     weight = torch.ones(args.batch, dtype=torch.float64)
-    if args.mixup:
+    if args.mixup:  # by numpy, as torch's Beta takes no generator
         weight = torch.from_numpy(np.random.default_rng([args.seed, step]).beta(args.mixup, args.mixup, args.batch))
-    return sample_crops(args, step, side) | dict(weight=torch.maximum(weight, 1 - weight).float())
+    weight = torch.maximum(weight, 1 - weight).float()  # an image weighs at least as much as its neighbour
+    return sample_crops(args, step, side) | dict(weight=weight)
 
 
 def macs(config, img_size, ratio=0.0, classes=0):
@@ -89,9 +81,13 @@ def layer_groups(net, decay, weight_decay):
     """Optimiser groups: a layer's rate is `decay` times that of the next. Weight decay: of matrices only."""
     depth, groups = len(net.vit.blocks), {}
     for name, p in net.named_parameters():
-        block = int(name.split(".")[2]) + 1 if name.startswith("vit.blocks.") else 0
-        layer = block if name.startswith(("vit.blocks", "vit.patch", "vit.cls", "vit.pos")) else depth + 1
-        key = (decay ** (depth + 1 - layer), weight_decay if p.ndim in (2, 4) else 0.0)
+        layer = depth + 1  # the last norm and the head
+        if name.startswith("vit.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        elif name.startswith(("vit.patch_embed", "vit.cls_token", "vit.pos_embed")):
+            layer = 0
+        decayed = p.ndim in (2, 4)  # linear layers and the convolution; cls_token and pos_embed have 3 dimensions
+        key = (decay ** (depth + 1 - layer), weight_decay if decayed else 0.0)
         groups.setdefault(key, []).append(p)
     return [dict(params=p, factor=factor, weight_decay=wd) for (factor, wd), p in groups.items()]
 
@@ -112,26 +108,25 @@ def finetune_step(model, optimizer, scaler, imgs, labels, draws, lr, size, args)
     with autocast(x.device, args.precision):
         loss = mixed_loss(model, x, labels, draws["weight"], args.smoothing)
     scaler.scale(loss).backward()
-    optimizer_step(optimizer, scaler, lr, None, clip=0)
+    optimizer_step(optimizer, scaler, lr, weight_decay=None, clip=0)  # each group keeps its own decay
     return loss.detach()
 
 
 def finetune(args, vit, train, test, config, device):
-    """Accuracy after fine-tuning, percent, with the speed and the MACs of what was trained."""
-    rank, world = processes()
-    train = train.pick(share_of_labels(train.labels, args.labels, args.seed)) if args.labels < 1 else train
-    feature = config["feature"]
+    """Accuracy after fine-tuning, percent, and the MACs of what was trained; nothing on processes but the first."""
+    (rank, world), feature = processes(), config["feature"]
+    if args.labels < 1:
+        train = train.pick(share_of_labels(train.labels, args.labels, args.seed))
     torch.manual_seed(args.seed)
     vit = ViT(**vit.config) if args.scratch else vit
-    args.encoder = sum(p.detach().double().abs().sum().item() for p in vit.parameters())  # compared on resume
+    # No option, but compared like one: resume refuses a run that began with another encoder.
+    args.encoder = sum(p.detach().double().abs().sum().item() for p in vit.parameters())
     vit.pos_embed.requires_grad_(True)
     for block, rate in zip(vit.blocks, torch.linspace(0, args.drop_path, len(vit.blocks)).tolist(), strict=True):
         block.drop_path = rate
     norm = "layer" if feature == "mean" else "none"
     net = Classifier(vit, len(train.classes), feature, norm=norm, ratio=args.drop_ratio).to(device)
-    net.mean, net.std = mean_and_std(config, device)
-    if norm == "layer":
-        vit.norm.requires_grad_(False)  # it has no part in the result
+    net.mean, net.std = mean_and_std(config, device)  # read by finetune_step
     optimizer = torch.optim.AdamW(layer_groups(net, args.layer_decay, args.weight_decay), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     batch = min(args.batch, len(train)) // (2 * world) * 2 * world
@@ -140,7 +135,7 @@ def finetune(args, vit, train, test, config, device):
         raise InputError(f"{few} is too few for {world} process(es): a pair for each, for mixup")
     if rank == 0 and batch < args.batch:
         print(f"warning: --batch {batch}, not {args.batch}: pairs for mixup, as many in each process")
-    args.batch, args.method, args.steps = batch, "finetune", None
+    args.batch, args.method = batch, "finetune"
     name = Path(args.checkpoint).parent.name if Path(args.checkpoint).stem == "last" else Path(args.checkpoint).stem
     name += "-scratch" * args.scratch + f"-drop{args.drop_ratio}" * (args.drop_ratio > 0)
     args.out = args.out or f"runs/finetune-{name}"
@@ -151,10 +146,10 @@ def finetune(args, vit, train, test, config, device):
     log = Log(args, lines, first, total, optimizer)
     model = distribute(net.train())
 
-    labels, start = train.labels.to(device), time.perf_counter()
-    keys = batches(len(train), batch, first, total, args.seed)  # which images a step gets
+    labels, peak, warmup = train.labels.to(device), args.lr * batch / 256, min(5, args.epochs / 10) * per_epoch
+    keys = batches(len(train), batch, first, total, args.seed)  # the images that steps() gives, here for their labels
     for (step, imgs, leaving), (index, _) in zip(steps(train, args, log, device), keys, strict=True):
-        lr = cosine(step, total, args.lr * batch / 256, 1e-6, min(5, args.epochs / 10) * per_epoch)
+        lr = cosine(step, total, peak, 1e-6, warmup)
         draws = shard(sample_mixes(args, step, train.side), device)
         y = labels[torch.as_tensor(index).to(device, non_blocking=True)]
         loss = finetune_step(model, optimizer, scaler, imgs, y, draws, lr, size, args)
@@ -163,50 +158,36 @@ def finetune(args, vit, train, test, config, device):
             log.step(step, loss=value, lr=lr)
             if not value < 100 * math.log(len(train.classes)):
                 raise InputError(f"the loss is {value:.3g}: lower --lr")
-        if step + 1 == total or (step + 1) % per_epoch == 0 and not leaving:
+        if (step + 1) % per_epoch == 0 and (step + 1 == total or not leaving):
             logits = shared_features(net.eval(), test, config, device, args.precision, args.batch, args.workers)
             net.train()
             accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
             log.accuracy(step, f"accuracy {accuracy:.1f} %", accuracy=accuracy)
         if log.save_due(step, leaving):
-            save(args, state, vit, config, step, log)
+            save(args, state, vit, config | vit.config, step, log)  # its final norm may be gone, see Classifier
             log.draw_curve("accuracy")
-    seconds = time.perf_counter() - start
-    if rank == 0:
-        save_classifier(Path(args.out, "classifier.pt"), net.eval(), config, train.classes)
+    if rank > 0:
+        return {}
+    file, last = Path(args.out, "classifier.pt"), log.latest("accuracy", "seconds")
+    save_classifier(file, net.eval(), config, train.classes)
+    minutes = last["seconds"] / 60
     gmacs = macs(vit.config, config["img_size"], args.drop_ratio, len(train.classes)) / 1e9
-    last = log.latest("accuracy", "seconds") if rank == 0 else dict(accuracy=None, seconds=0)
+    print(f"fine-tuned {last['accuracy']:.1f} %, {len(test)} test images, {minutes:.1f} minutes; saved in {file}")
     result = dict(finetuned=last["accuracy"], scratch=args.scratch, drop_ratio=args.drop_ratio, gmacs=round(gmacs, 4))
-    result |= dict(feature=feature, norm=norm, train=len(train), test=len(test), minutes=round(last["seconds"] / 60, 2))
-    if total > first:
-        result["training_images_per_s"] = round((total - first) * batch / seconds, 1)
-    if args.drop_ratio:
-        some = test.subset(256)
-        imgs = torch.stack([some[i, 0.5] for i in range(len(some))]).to(device)
-        result["speed"] = speed(net.eval(), prepare(imgs, config), args.drop_ratio)
-    return result | dict(classifier=str(Path(args.out, "classifier.pt")))
-
-
-@torch.no_grad()
-def speed(net, imgs, ratio, turns=9):
-    """Images per second with dropping over those without, measured in turns: the median ratio."""
-
-    def seconds(ratio):
-        net.ratio = ratio
-        return timeit.timeit(lambda: net(imgs).sum().item(), number=1)  # waits for the device
-
-    return round(float(np.median([seconds(0.0) / seconds(ratio) for _ in range(turns)])), 3)
+    result |= dict(feature=feature, norm=norm, train=len(train), test=len(test), minutes=round(minutes, 2))
+    return result | dict(classifier=str(file))
 
 
 def check(args):
-    """Refuses options that make no sense."""
+    """Refuses options that make no sense; fills in --layer-decay."""
     if args.labels == 0 or args.drop_ratio == 1 or args.drop_path == 1 or args.smoothing == 1:
         raise InputError("--labels must be above 0; --drop-ratio, --drop-path and --smoothing below 1")
     if args.seed < 0 or args.mixup < 0 or (args.layer_decay is not None and args.layer_decay <= 0):
         raise InputError("--seed and --mixup must be 0 or more, --layer-decay above 0")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         raise InputError("--crop-scale must be two shares of the image, the smaller one first")
-    args.layer_decay, args.crop_scale = args.layer_decay or (1.0 if args.scratch else 0.75), list(args.crop_scale)
+    args.layer_decay = args.layer_decay or (1.0 if args.scratch else 0.75)
+    args.crop_scale = list(args.crop_scale)  # as resume finds it in last.pt
 
 
 @cli

@@ -101,7 +101,8 @@ class Classifier(nn.Module):
     """An encoder, a norm and a linear layer.
 
     feature, layers: "cls", "mean" or "both" of the last so many blocks. norm: "batch" for the probe; "layer" for
-    fine-tuned mean tokens, in place of the encoder's final norm; "none". ratio: of tokens dropped at each stage.
+    fine-tuned mean tokens, in place of the encoder's final norm, which is taken out of vit and its config; "none".
+    ratio: of tokens dropped at each stage.
     """
 
     def __init__(self, vit, classes, feature, layers=1, norm="none", ratio=0.0):
@@ -111,8 +112,8 @@ class Classifier(nn.Module):
         self.config = dict(feature=feature, layers=layers, norm=norm, ratio=ratio)
         self.vit, self.feature, self.layers, self.ratio = vit, feature, layers, ratio
         width = vit.dim * layers * (1 + (feature == "both"))
-        norms = dict(batch=lambda: nn.BatchNorm1d(width, affine=False, eps=1e-6), none=nn.Identity)
-        self.norm = norms.get(norm, lambda: nn.LayerNorm(width, eps=1e-6))()
+        norms = dict(batch=nn.BatchNorm1d(width, affine=False, eps=1e-6), layer=nn.LayerNorm(width, eps=1e-6))
+        self.norm = (norms | dict(none=nn.Identity()))[norm]
         if norm == "layer":
             vit.norm, vit.config["norm"] = nn.Identity(), False
         self.head = nn.Linear(width, classes)

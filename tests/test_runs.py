@@ -563,7 +563,8 @@ def test_a_finished_run_and_a_changed_script_are_named(npz, capsys, monkeypatch)
 def test_a_run_that_learned_little_says_so(npz, capsys):
     dino.main(tiny("--epochs", 1, "--lr", 0))
     out = capsys.readouterr().out
-    assert re.search(r"warning: little was learned \(k-NN [\d.]+ ± [\d.]+ %, before training [\d.]+, raw pixels", out)
+    numbers = r"done in [\d.]+ minutes: k-NN [\d.]+ ± [\d.]+ % \(untrained [\d.]+, pixels [\d.]+\)"
+    assert re.search(f"{numbers}; warning: little was learned, see .* see run/curve.png", out)
     dino.main(tiny("--epochs", 2, "--steps", 1, "--lr", 0, out="cut"))  # is not at its end
     assert "little was learned" not in capsys.readouterr().out
 
