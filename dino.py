@@ -244,8 +244,11 @@ def sample_views(batch, views, side, scale, blur, solarize, color, g):
     draws = dict(box=sample_boxes((batch, views), side, scale, g), flip=rand() < 0.5)
     jitter = rand() < 0.8  # all four or none
     factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
-    draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
-    draws |= dict(hue=factor(0.0, 0.1), keep_color=(rand() >= 0.2 * color).float())  # 0 makes the image grey
+    draws["brightness"] = factor(1.0, 0.4)
+    draws["contrast"] = factor(1.0, 0.4)
+    draws["saturation"] = factor(1.0, 0.2)
+    draws["hue"] = factor(0.0, 0.1)
+    draws["keep_color"] = (rand() >= 0.2 * color).float()  # 0 makes the image grey
     sigma = 0.1 + 1.9 * rand()  # px of a 224 px image; 0: no blur
     draws["sigma"] = sigma.where(rand() < torch.tensor(blur), 0.0)
     draws["solarize"] = rand() < color * torch.tensor(solarize)

@@ -114,22 +114,27 @@ class TokenBatchNorm(nn.Module):
 
     def __init__(self, dim, eps=1e-5):
         super().__init__()
-        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
 
     def forward(self, x):
         if not (dist.is_initialized() and self.training):
-            return F.batch_norm(x.flatten(0, 1), None, None, self.weight, self.bias, True, eps=self.eps).view_as(x)
+            tokens = x.flatten(0, 1)
+            return F.batch_norm(tokens, None, None, self.weight, self.bias, True, eps=self.eps).view_as(x)
         y = x.float()
         mean = MeanOverProcesses.apply(y.mean(dim=(0, 1)))
         var = MeanOverProcesses.apply((y - mean).square().mean(dim=(0, 1)))
-        return ((y - mean) * (var + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+        y = (y - mean) * (var + self.eps).rsqrt()
+        return (y * self.weight + self.bias).to(x.dtype)
 
 
 NORMS = dict(batch=TokenBatchNorm, layer=functools.partial(nn.LayerNorm, eps=1e-6))
 
 
 def stack(args, depth):
-    return nn.Sequential(*(Block(args.decoder_dim, args.decoder_heads, norm=NORMS[args.norm]) for _ in range(depth)))
+    norm = NORMS[args.norm]
+    return nn.Sequential(*(Block(args.decoder_dim, args.decoder_heads, norm=norm) for _ in range(depth)))
 
 
 class Tower(nn.Module):
@@ -166,9 +171,10 @@ class SiameseIM(nn.Module):
         self.decoder = stack(args, args.decoder_depth)
         self.pred = nn.Linear(dim, dim)
         parts = [self.online.embed, self.online.projector, self.position, self.decoder, self.pred]
-        for m in (m for part in parts for m in part.modules() if isinstance(m, nn.Linear)):
-            nn.init.trunc_normal_(m.weight, std=0.02)
-            nn.init.zeros_(m.bias)
+        for m in nn.ModuleList(parts).modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
@@ -193,9 +199,12 @@ class SiameseIM(nn.Module):
     def forward(self, imgs, visible, box, flip, side):
         """Predicts every patch of view b, (B, N, decoder_dim), from the visible ones (B, n) of view a."""
         pos = self.decoder_pos_embed.expand(len(imgs), -1, -1)
-        x = self.online(imgs, visible) + gather_tokens(pos, F.pad(visible + 1, (1, 0)))  # CLS is position 0
-        wanted = self.mask_token + self.position(relative_positions(box, flip, side, self.grid, pos.shape[-1]))
-        return self.pred(self.decoder(torch.cat([wanted, x], dim=1))[:, : wanted.shape[1]])
+        place = F.pad(visible + 1, (1, 0))  # (B, 1+n): CLS is position 0
+        x = self.online(imgs, visible) + gather_tokens(pos, place)
+        place = relative_positions(box, flip, side, self.grid, pos.shape[-1])  # (B, N, 2 decoder_dim)
+        wanted = self.mask_token + self.position(place)
+        x = self.decoder(torch.cat([wanted, x], dim=1))
+        return self.pred(x[:, : wanted.shape[1]])
 
 
 def correlation(z):
@@ -235,7 +244,8 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
     c = mean_over_processes(c)
     for a, d, z in in_turn(model, parts):
         with autocast(a.device, args.precision):
-            y = model(a, visible_patches(d, net.grid, args.mask_ratio), d["box"], d["flip"], imgs.shape[-1])
+            visible = visible_patches(d, net.grid, args.mask_ratio)
+            y = model(a, visible, d["box"], d["flip"], imgs.shape[-1])
         loss, uniformity = loss_fn(y.float(), z, c, net.neg_weight)
         scaler.scale(loss / args.accumulate).backward()
         sums += torch.stack([loss.detach(), uniformity, token_std(z)]) / args.accumulate
@@ -256,7 +266,8 @@ def schedules(step, total, per_epoch, args):
 
 def global_loss(pred, target, c, weight=0.02):
     """Compares one vector per image: the mean token, the target's standardised again; C of this micro-batch."""
-    y, z = pred.mean(dim=1), F.layer_norm(target.mean(dim=1), target.shape[-1:])
+    y, z = pred.mean(dim=1), target.mean(dim=1)
+    z = F.layer_norm(z, z.shape[-1:])
     return siameseim_loss(y, z, correlation(z), weight)
 
 
@@ -269,26 +280,33 @@ def sample_step(args, step, side):
     """
     g, color = seeded(args.seed, step), args.color
     rand = lambda: torch.rand((args.batch, 2), generator=g)
-    draws = dict(box=sample_boxes((args.batch, 2), side, args.crop_scale, g), flip=rand() < 0.5)
+    draws = dict(box=sample_boxes((args.batch, 2), side, args.crop_scale, g))
+    draws["flip"] = rand() < 0.5
     jitter = rand() < 0.8  # one coin for all four
     factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
-    draws |= dict(brightness=factor(1.0, 0.4), contrast=factor(1.0, 0.4), saturation=factor(1.0, 0.2))
-    draws |= dict(hue=factor(0.0, 0.1), keep_color=(rand() >= 0.2 * color).float())  # 0 makes the image grey
+    draws["brightness"] = factor(1.0, 0.4)
+    draws["contrast"] = factor(1.0, 0.4)
+    draws["saturation"] = factor(1.0, 0.2)
+    draws["hue"] = factor(0.0, 0.1)
+    draws["keep_color"] = (rand() >= 0.2 * color).float()  # 0 makes the image grey
     sigma = 0.1 + 1.9 * rand()  # px of a 224 px image
     draws["sigma"] = sigma.where(rand() < torch.tensor(args.blur), 0.0)
     draws["solarize"] = rand() < color * torch.tensor([0.0, 0.2])
     if args.mask == "block":
         draws["blocks"] = torch.rand((12, 4, args.batch), generator=g).permute(2, 0, 1)
-    draws["noise"] = torch.rand((args.batch, (args.img_size // args.patch) ** 2), generator=g)
+    patches = (args.img_size // args.patch) ** 2
+    draws["noise"] = torch.rand((args.batch, patches), generator=g)
     if args.ablate == "same-view":  # view b is the crop of view a; the colours stay two
-        draws |= {k: draws[k][:, :1].repeat_interleave(2, dim=1) for k in ("box", "flip")}
+        for k in ("box", "flip"):
+            draws[k] = draws[k][:, :1].repeat_interleave(2, dim=1)
     return draws
 
 
 def visible_patches(draws, grid, ratio):
     """The indices (B, n) of the patches of view a that stay visible: those that would be hidden last."""
     order = block_order(draws["blocks"], grid, ratio) if "blocks" in draws else 0  # 0: a random order
-    return (order + draws["noise"]).argsort(dim=1)[:, round(ratio * math.prod(grid)) :]
+    hidden = round(ratio * math.prod(grid))
+    return (order + draws["noise"]).argsort(dim=1)[:, hidden:]
 
 
 def block_order(draws, grid, ratio):
@@ -298,16 +316,20 @@ def block_order(draws, grid, ratio):
     0.3 to 1/0.3. What no block covers comes last. draws (B, rounds, 4): uniform, for area, aspect ratio and place.
     """
     (h, w), n, rounds = grid, math.prod(grid), draws.shape[1]
-    y, x = torch.arange(h, device=draws.device).view(1, h, 1), torch.arange(w, device=draws.device).view(1, 1, w)
+    y = torch.arange(h, device=draws.device).view(1, h, 1)
+    x = torch.arange(w, device=draws.device).view(1, 1, w)
     order = draws.new_full((len(draws), h, w), float(rounds))
+    least = n * 16 / 196
     for i in range(rounds):
-        for_area, for_aspect, for_top, for_left = draws[:, i].view(-1, 4, 1, 1).unbind(1)
-        todo, least = round(ratio * n) - (order < rounds).sum(dim=(1, 2), keepdim=True), n * 16 / 196
+        for_area, for_aspect, for_top, for_left = draws[:, i].view(-1, 4, 1, 1).unbind(1)  # each (B, 1, 1)
+        todo = round(ratio * n) - (order < rounds).sum(dim=(1, 2), keepdim=True)
         area = least + for_area * (todo - least).clamp(min=0)
         aspect = torch.exp((2 * for_aspect - 1) * math.log(0.3))
-        bh, bw = (area * aspect).sqrt().round().clamp(1, h), (area / aspect).sqrt().round().clamp(1, w)
-        top, left = (for_top * (h - bh + 1)).floor(), (for_left * (w - bw + 1)).floor()
-        block = (y >= top) & (y < top + bh) & (x >= left) & (x < left + bw)
+        height = (area * aspect).sqrt().round().clamp(1, h)
+        width = (area / aspect).sqrt().round().clamp(1, w)
+        top = (for_top * (h - height + 1)).floor()
+        left = (for_left * (w - width + 1)).floor()
+        block = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
         order = torch.where(block & (order == rounds), float(i), order)
     return order.flatten(1)
 
@@ -323,19 +345,25 @@ def places(box, flip, side, grid):
     y, x, h, w = (t[..., None] for t in box.unbind(-1))  # (B, 2, 1)
     side = side.view(-1, 1) if torch.is_tensor(side) else box.new_full((1, 1), side)
     x = torch.where(flip[..., None], side[..., None] - x - w, x)  # flipped views: from the right edge
-    (y1, y2), (x1, x2), (h1, h2), (w1, w2) = (t.unbind(1) for t in (y, x, h, w))
+    y1, y2 = y.unbind(1)  # (B, 1)
+    x1, x2 = x.unbind(1)
+    taller, wider = h[:, 1] / h[:, 0], w[:, 1] / w[:, 0]
+    patch_height, patch_width = h[:, 0] / grid[0], w[:, 0] / grid[1]  # of a's patches in the image, px
     m, n = (torch.arange(g, device=box.device) + 0.5 for g in grid)
-    rows = h2 / h1 * m + grid[0] * (y2 - y1) / h1 - 0.5
-    alike, mirrored = w2 / w1 * n + grid[1] * (x2 - x1) / w1, grid[1] * (side - x1 - x2) / w1 - w2 / w1 * n
+    rows = taller * m + (y2 - y1) / patch_height - 0.5
+    alike = wider * n + (x2 - x1) / patch_width
+    mirrored = (side - x1 - x2) / patch_width - wider * n
     columns = torch.where(flip[:, :1] == flip[:, 1:], alike, mirrored) - 0.5
-    rows, columns = (t.expand(-1, *grid).flatten(1) for t in (rows[:, :, None], columns[:, None]))
-    return rows, columns, (10 * (h2 / h1).log()).expand_as(rows), (10 * (w2 / w1).log()).expand_as(rows)
+    rows = rows[:, :, None].expand(-1, *grid).flatten(1)
+    columns = columns[:, None].expand(-1, *grid).flatten(1)
+    return rows, columns, (10 * taller.log()).expand_as(rows), (10 * wider.log()).expand_as(rows)
 
 
 def relative_positions(box, flip, side, grid, dim):
     """The sine-cosine embedding of `places`, (B, N, 2 dim): rows, columns, then the two scales."""
     rows, columns, taller, wider = places(box, flip, side, grid)
-    return torch.cat([sincos(columns, rows, dim), sincos(wider, taller, dim)], dim=-1)  # sincos puts x first
+    place, scale = sincos(columns, rows, dim), sincos(wider, taller, dim)  # sincos puts its second argument first
+    return torch.cat([place, scale], dim=-1)
 
 
 def augment(imgs, draws, size, unit, mean, std):
@@ -364,19 +392,19 @@ def draw_pairs(net, imgs, draws, args, file):
     """For each of imgs, uint8 (B, C, S, S): both boxes (a red, b blue), view a, what is visible of it, view b, and how
     well each position of b is predicted: cosine of prediction and target, black 0 or less, white 1.
     """
-    imgs, side, (h, w) = imgs[: len(draws["box"])], imgs.shape[-1], net.grid
+    imgs, side, size = imgs[: len(draws["box"])], imgs.shape[-1], args.img_size
     d = {k: v[: len(imgs)].to(imgs.device) for k, v in draws.items()}
-    a, b = augment(imgs, d, args.img_size, args.img_size / 224, net.mean, net.std).chunk(2)
+    a, b = augment(imgs, d, size, size / 224, net.mean, net.std).chunk(2)
     index = visible_patches(d, net.grid, args.mask_ratio)
     pred = net(a, index, d["box"], d["flip"], side).float()
-    like = F.cosine_similarity(pred, net.targets(b), dim=-1).view(-1, 1, h, w)
-    visible = torch.zeros(len(a), h * w, device=a.device).scatter(1, index, 1.0).view(-1, 1, h, w)
-    zoom = lambda x: F.interpolate(x, size=a.shape[-2:])
+    like = F.cosine_similarity(pred, net.targets(b), dim=-1).unflatten(1, (1, *net.grid))
+    visible = torch.zeros_like(d["noise"]).scatter(1, index, 1.0).unflatten(1, (1, *net.grid))
+    zoom = lambda x: F.interpolate(x, size=(size, size))
     a, b = a * net.std + net.mean, b * net.std + net.mean
-    size = torch.tensor([a.shape[-1], a.shape[-2]] * 2)
-    y, x, height, width = (d["box"].cpu() / side).unbind(-1)
-    edges = (torch.stack([x, y, x + width, y + height], dim=-1) * size).clamp(0).minimum(size - 1)
-    rgb = zoom(imgs[:, [0, 1, 2] if imgs.shape[1] == 3 else [0, 0, 0]].float() / 255).cpu()
+    y, x, height, width = (d["box"].cpu() / side * size).unbind(-1)
+    edges = torch.stack([x, y, x + width, y + height], dim=-1).clamp(0, size - 1)
+    rgb = imgs if imgs.shape[1] == 3 else imgs[:, :1].expand(-1, 3, -1, -1)
+    rgb = zoom(rgb.float() / 255).cpu()
     boxed = [draw_bounding_boxes(i, e, colors=["red", "blue"]) for i, e in zip(rgb, edges, strict=True)]
     columns = {"a red, b blue": torch.stack(boxed), "view a": a, "visible of a": a * zoom(visible), "view b": b}
     save_grid(columns | {"predicted of b": like}, file)
@@ -386,8 +414,9 @@ def activations(args):
     """What keeps activations, for step_memory: encoder and projector see what is visible, the decoder all of view b."""
     size, n = SIZES[args.size], (args.img_size // args.patch) ** 2
     visible = 1 + n - round(args.mask_ratio * n)
-    rest = [(visible, args.decoder_dim, args.projector_depth), (visible + n, args.decoder_dim, args.decoder_depth)]
-    return [(visible, size["dim"], size["depth"]), *rest]
+    projector = visible, args.decoder_dim, args.projector_depth
+    decoder = visible + n, args.decoder_dim, args.decoder_depth
+    return [(visible, size["dim"], size["depth"]), projector, decoder]
 
 
 @cli

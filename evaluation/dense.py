@@ -64,17 +64,19 @@ def load_pairs(folder, side, count):
     path = Path(folder)
     if not (path / "images").is_dir() or not (path / "masks").is_dir():
         raise InputError(f"{folder}: no folder with images/ and masks/ (nor demo.npz)")
-    named = lambda kind: {os.path.splitext(os.path.relpath(f, path / kind))[0]: f for f in list_images(path / kind)}
-    images, masks = named("images"), named("masks")
+    name = lambda file, kind: os.path.splitext(os.path.relpath(file, path / kind))[0]
+    images, masks = ({name(f, kind): f for f in list_images(path / kind)} for kind in ("images", "masks"))
     pairs = [(f, masks[name]) for name, f in images.items() if name in masks]
     if not pairs:
         raise InputError(f"no file in {path / 'images'} has a mask of the same folder and name in {path / 'masks'}")
     read = []
-    for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int):
+    chosen = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)
+    for image, mask in (pairs[i] for i in chosen):
         try:
-            x, m = decode(pairs[i][0], side), read_mask(pairs[i][1], side)
-            if max(abs(a - b) for a, b in zip(x.shape[1:], m.shape, strict=True)) > 2:  # two for rounding
-                raise InputError(f"{pairs[i][0]}: its mask has another shape: turned?")
+            x, m = decode(image, side), read_mask(mask, side)
+            differ = [abs(a - b) for a, b in zip(x.shape[1:], m.shape, strict=True)]
+            if max(differ) > 2:  # two for rounding
+                raise InputError(f"{image}: its mask has another shape: turned?")
             read.append((square(x), square(m)))
         except InputError as e:
             print(f"skipped {e}", file=sys.stderr)
@@ -103,15 +105,17 @@ def load_splits(args, side):
         pairs = list(load_demo(side, args.limit))
     else:
         x, m = load_pairs(args.data, side, 2 * args.limit)
-        test = torch.arange(len(x)) % 10 == 9 if len(x) > 9 else torch.arange(len(x)) == len(x) - 1
+        every = min(10, len(x))
+        test = torch.arange(len(x)) % every == every - 1
         pairs = [(x[~test], m[~test]), (x[test], m[test])]
-    values = torch.cat([torch.zeros(1).long(), *(m.unique() for _, m in pairs)]).unique()
-    values = values[values != 255]
+    values = torch.cat([m.unique() for _, m in pairs])
+    values = torch.tensor(sorted({0, *values.tolist()} - {255}))
     if values.tolist() == [0] and any((m == 255).any() for _, m in pairs):
         raise InputError("masks of 0 and 255 alone: 255 is left out of all measures, store the foreground as 1")
     if not 1 < len(values) <= 255:
         raise InputError(f"{len(values)} classes besides 255 in masks of {args.data or args.train}: 2 to 255 needed")
-    return [(x, torch.searchsorted(values, m).where(m != 255, 255)) for x, m in pairs], len(values)
+    number = lambda m: torch.searchsorted(values, m).where(m != 255, 255)
+    return [(x, number(m)) for x, m in pairs], len(values)
 
 
 # attention -----------------------------------------------------------------------------------------------------------
@@ -119,7 +123,8 @@ def load_splits(args, side):
 
 def overlaps(found, wanted, valid):
     """Intersection and union of bool masks (..., S, S), pixels outside `valid` left out: two (...)."""
-    return (found & wanted & valid).sum((-2, -1)), ((found | wanted) & valid).sum((-2, -1))
+    both, either = found & wanted & valid, (found | wanted) & valid
+    return both.sum((-2, -1)), either.sum((-2, -1))
 
 
 @torch.no_grad()
@@ -128,7 +133,8 @@ def from_attention(vit, imgs, masks, config, mass, device):
     out = []
     for x, m in zip(imgs.split(50), masks.split(50), strict=True):
         x, m = prepare(x.to(device), config), m.to(device)[:, None]
-        kept = attention_mask(vit.attention(x, queries=1)[:, :, 0, 1:], mass).unflatten(2, vit.grid)
+        maps = vit.attention(x, queries=1)[:, :, 0, 1:]  # (B, H, N)
+        kept = attention_mask(maps, mass).unflatten(2, vit.grid)
         kept = F.interpolate(kept.float(), size=m.shape[-2:]) > 0.5
         foreground = (m > 0) & (m != 255)
         both, either = overlaps(kept, foreground, m != 255)
@@ -160,7 +166,8 @@ def patch_labels(masks, grid, classes):
 def mean_iou(both, either):
     """Mean IoU over the classes that occur, of intersections and unions (..., classes): (...)."""
     seen = either > 0
-    return (both.double() / either.clamp(min=1) * seen).sum(-1) / seen.sum(-1).clamp(min=1)
+    iou = both.double() / either.clamp(min=1)
+    return (iou * seen).sum(-1) / seen.sum(-1).clamp(min=1)
 
 
 def linear_features(vit, train, y, test, masks, classes, device):
@@ -168,12 +175,15 @@ def linear_features(vit, train, y, test, masks, classes, device):
 
     train, test (n, 1+N, D): tokens. y (n·N,): labels of the training patches. masks (n, S, S): of the test images.
     """
-    (_, tokens, dim), rows = train.shape, (y != 255).nonzero()[:, 0]
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(device)]
+    _, tokens, dim = train.shape
+    rows = (y != 255).nonzero()[:, 0]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    rows = rows[order.to(device)]
     kept = len(rows) - len(rows) // 10
 
     def take(rows):  # normed tokens and labels of some patches: copying all at once would double the memory
-        return vit.norm(train.view(-1, dim)[rows + rows // (tokens - 1) + 1]).float(), y[rows]  # one CLS an image
+        place = rows + rows // (tokens - 1) + 1  # each image has a CLS token before its patches
+        return vit.norm(train.view(-1, dim)[place]).float(), y[rows]
 
     def fit(n, rates):
         batch = min(1024, n)
@@ -185,10 +195,13 @@ def linear_features(vit, train, y, test, masks, classes, device):
     held, labels = take(rows[kept:])
     tried = accuracies(norm(held) @ weight + bias, labels)
     norm, weight, bias = fit(len(rows), [RATES[tried.index(max(tried))]])
-    found = [(norm(vit.norm(x[1:]).float()) @ weight + bias)[0].argmax(dim=-1).cpu() for x in test]
-    found, c = torch.stack(found).view(-1, 1, *vit.grid).float(), torch.arange(classes).view(1, -1, 1, 1)
-    parts = zip(found.split(20), masks[:, None].split(20), strict=True)
-    parts = [overlaps(F.interpolate(f, size=m.shape[-2:]) == c, m == c, m != 255) for f, m in parts]
+    logits = lambda x: (norm(vit.norm(x[1:]).float()) @ weight + bias)[0]  # (1+N, D) -> (N, classes)
+    found = torch.stack([logits(x).argmax(dim=-1).cpu() for x in test])
+    found = found.view(-1, 1, *vit.grid).float()
+    c, parts = torch.arange(classes).view(1, -1, 1, 1), []
+    for f, m in zip(found.split(20), masks[:, None].split(20), strict=True):
+        f = F.interpolate(f, size=m.shape[-2:])
+        parts.append(overlaps(f == c, m == c, m != 255))  # two (20, classes)
     both, either = (torch.cat(part) for part in zip(*parts, strict=True))
     return mean_iou(both, either), mean_iou(both.sum(0), either.sum(0)).item()
 
@@ -204,7 +217,8 @@ def main(argv=None):
         raise InputError(f"{args.checkpoint} takes {config['in_chans']} channels, the images here have 3")
     (train, test), classes = load_splits(args, config["img_size"][0])
     args.data = args.data or args.test or "demo.npz"
-    labels = torch.cat([patch_labels(m, vit.grid, classes) for m in train[1].split(50)]).flatten().to(device)
+    labels = torch.cat([patch_labels(m, vit.grid, classes) for m in train[1].split(50)])
+    labels = labels.flatten().to(device)
     torch.manual_seed(args.seed)
     nets = dict(untrained=ViT(**vit.config).to(device).eval(), trained=vit.to(device))
     error = lambda v: round(100 * (v.std() / len(v) ** 0.5).item(), 2) if len(v) > 1 else 0.0
@@ -219,7 +233,8 @@ def main(argv=None):
         found = dict(jaccard=percent(seen.mean()), jaccard_error=error(seen), jaccard_images=len(seen))
         found["dense_by_block"] = [percent(v.mean()) for v, _ in depths]
         found["miou_by_block"] = [percent(m) for _, m in depths]
-        found |= dict(dense=found["dense_by_block"][-1], error=error(depths[-1][0]), miou=found["miou_by_block"][-1])
+        found |= {k: found[f"{k}_by_block"][-1] for k in ("dense", "miou")}
+        found["error"] = error(depths[-1][0])
         print(f"{name:9}  attention, Jaccard of the best head {found['jaccard']:5.2f} ± {error(seen):.2f} %")
         for key in ("dense", "miou"):
             numbers = " ".join(f"{v:5.2f}" for v in found[f"{key}_by_block"])
