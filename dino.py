@@ -380,8 +380,6 @@ def main(argv=None, images=None, backbone=ViT):
 
     torch.manual_seed(args.seed)
     net = DINO(vit_kwargs(args, train.channels), args, *train.stats(), backbone).to(device)
-    if args.init:
-        start_from(args.init, net.student.vit, net)
     optimizer, scaler = adamw(net.student, args.precision)
     encoder = net.teacher.vit  # what k-NN evaluates
     state = dict(net=net, optimizer=optimizer, scaler=scaler)  # what a run needs to resume
@@ -394,6 +392,8 @@ def main(argv=None, images=None, backbone=ViT):
     check_momentum(args.momentum, total)
 
     first, lines = resume(args, state, len(train), __file__)
+    if args.init and not first:
+        start_from(args.init, net.student.vit, net)
     config = encoder_config(args, net, encoder)
     log = Log(args, lines, first, min(total, args.steps or total), optimizer)
     monitor = Monitor(args, encoder, config, train, test, device)

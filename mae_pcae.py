@@ -318,8 +318,6 @@ def main(argv=None, images=None, backbone=ViT):
 
     torch.manual_seed(args.seed)
     net = METHODS[args.method](vit_kwargs(args, train.channels), args, *train.stats(), backbone).to(device)
-    if args.init:
-        start_from(args.init, net.vit, net)
     optimizer, scaler = adamw(net, args.precision, betas=(0.9, 0.95))
     encoder = net.vit  # what k-NN evaluates
     state = dict(net=net, optimizer=optimizer, scaler=scaler)  # what a run needs to resume
@@ -331,6 +329,8 @@ def main(argv=None, images=None, backbone=ViT):
         check_momentum(args.momentum, total)
 
     first, lines = resume(args, state, len(train), __file__)
+    if args.init and not first:
+        start_from(args.init, net.vit, net)
     config = encoder_config(args, net, encoder)
     log = Log(args, lines, first, min(total, args.steps or total), optimizer)
     monitor = Monitor(args, encoder, config, train, test, device)

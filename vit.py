@@ -94,7 +94,7 @@ def drop_path(x, p):
     """Stochastic depth (Huang et al., arXiv 1603.09382): zeroes a residual branch for a share p of the samples."""
     if p == 0:
         return x
-    return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - p).div_(1 - p)
+    return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - p).div_((1 - p) or 1)
 
 
 class Attention(nn.Module):

@@ -97,6 +97,7 @@ def test_bf16_attention_on_a_cpu_agrees_with_the_fused_one():
 def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
     torch.manual_seed(0)
     y = vit.drop_path(torch.ones(20000, 1, 1), 0.25)
+    assert vit.drop_path(torch.ones(2, 1, 1), 1.0).sum() == 0  # not nan
     assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75]) and abs(y.mean() - 1) < 0.02
     model, x = net(drop_path=0.5), torch.randn(4, 3, 32, 32)
     close(model(x), model(x))

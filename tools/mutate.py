@@ -79,7 +79,7 @@ CHANGES = {  # file -> (what stands there, what it becomes)
     ],
     "vit.py": [
         ("self.blocks[-1](x, queries=1)", "self.blocks[-1](x[:, :1])"),
-        ("bernoulli_(1 - p).div_(1 - p)", "bernoulli_(1 - p)"),
+        ("bernoulli_(1 - p).div_((1 - p) or 1)", "bernoulli_(1 - p)"),
         ("params=[p for p in params if p.ndim > 1]", "params=[p for p in params if p.ndim > 3]"),
         ("((similar[:, :k] - similar[:, :1]) / temperature).exp()", "torch.ones_like(similar[:, :k])"),
         ("return peak * step / max(1, warmup - 1)", "return peak * step / warmup"),
