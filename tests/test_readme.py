@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -61,16 +62,24 @@ def test_every_file_that_the_readme_names_is_there():
     assert len(named) >= 5 and all((ROOT / name).exists() for name in named)
 
 
-@pytest.mark.parametrize("method", SCRIPT)
-def test_results_and_readme_have_the_numbers_of_the_evaluations(method):
+ROWS = {m: f"weights/{m}-cifar10.jsonl" for m in SCRIPT} | {
+    "mae-long": "weights/mae-cifar10-long.jsonl",
+    "dino-short": "docs/figures/cifar10-dino-short-evaluations.jsonl",
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_results_and_readme_have_the_numbers_of_the_evaluations(row):
     read = lambda file: [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
-    knn, linear, tuned = (row["results"] for row in read(f"weights/{method}-cifar10.jsonl"))
-    log = read(f"docs/figures/cifar10-{method}.jsonl")
-    numbers = [max(row.get("seconds", 0) for row in log) / 60, knn[knn["feature"]]["20"], knn["untrained"]["20"]]
-    cells = [f"{x:.1f}" for x in (*numbers, linear["linear"], tuned["finetuned"])]
+    knn, linear, tuned = (evaluation["results"] for evaluation in read(ROWS[row]))
+    log = read(f"docs/figures/cifar10-{row}.jsonl")
+    args, speed = log[0]["args"], statistics.median(r["images_per_s"] for r in log if "images_per_s" in r)
+    images = args["epochs"] * (50000 // args["batch"]) * args["batch"]
+    seen = f"{images / 1e6:.2f} | {images / speed / 60:.1f} | {knn[knn['feature']]['20']:.1f} |"
+    rest = f"{linear['linear']:.1f} | {tuned['finetuned']:.1f} |"
     results, readme = ((ROOT / f).read_text().replace("*", "") for f in ("RESULTS.md", "README.md"))
-    assert f"| 1 | {log[0]['args']['epochs']} | {' | '.join(cells)} |" in results
-    assert f"| {cells[1]}, {cells[3]} |" in readme
+    assert f"| {args['patch']} | {args['epochs']} | {seen} {knn['untrained']['20']:.1f} | {rest}" in results
+    assert f"| {args['patch']} | {seen} {rest}" in readme
 
 
 def test_reproduce_resumes_where_it_was_cut(npz):

@@ -277,6 +277,9 @@ def test_init_from_a_run_and_from_an_encoder(method, npz):
     for i, file in enumerate(("first/last.pt", "bare.pt")):
         MAIN[method](tiny("--steps", 1, "--lr", 0, "--init", file, out=f"again{i}", method=method))
         assert same(first["encoder"], checkpoint(f"again{i}")["encoder"]) == []  # a first step has a rate of 0
+    os.rename("bare.pt", "moved.pt")  # a run that has begun does not need it any more
+    assert MAIN[method](tiny("--steps", 2, "--lr", 0, "--init", "bare.pt", out="again1", method=method))["step"] == 2
+    os.rename("moved.pt", "bare.pt")
     MAIN[method](tiny("--steps", 1, "--img-size", 24, "--init", "bare.pt", out="larger", method=method))
     assert checkpoint("larger")["encoder"]["pos_embed"].shape[1] == 37  # interpolated
 

@@ -1,30 +1,36 @@
-"""Draws curves of several runs into one picture, over steps or over minutes of training.
+"""Draws k-NN while training of several runs, over images seen and over minutes.
 
-python tools/draw_results.py OUT.png KEY,KEY,... [--minutes] RUN_FOLDER...
+    python tools/draw_results.py OUT.png LABEL=RUN/log.jsonl ...
+
+Minutes follow from a run's median speed, so that what ran beside it does not count.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 
-def main(out, keys, *folders):
-    keys, over = keys.split(","), "minutes" if "--minutes" in folders else "step"
-    folders = [folder for folder in folders if folder != "--minutes"]
-    figure = Figure((max(6, 4 * len(keys)), 3.4), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-        for folder in folders:
-            rows = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
-            x, y = zip(*((r["step"], r[key]) for r in rows if r.get(key) is not None), strict=True)
-            if over == "minutes":  # of k-NN only the step is logged
-                steps, seconds = zip(*((r["step"], r["seconds"]) for r in rows if "seconds" in r), strict=True)
-                x = np.interp(x, steps, seconds) / 60
-            axes.plot(x, y, marker="." if len(y) < 30 else "", label=Path(folder).name)
-        axes.set(xlabel=over, title=key)
-    axes.legend(fontsize=8)
+def main(out, *runs):
+    figure = Figure((10, 3.6), layout="constrained")
+    by_images, by_minutes = figure.subplots(1, 2, sharey=True)
+    for label, file in (run.split("=", 1) for run in runs):
+        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        batch, speed = (
+            rows[0]["args"]["batch"],
+            statistics.median(r["images_per_s"] for r in rows if "images_per_s" in r),
+        )
+        steps, accuracy = zip(*((r["step"], r["knn"]) for r in rows if r.get("knn") is not None), strict=True)
+        images = [step * batch for step in steps]
+        by_images.plot([n / 1e6 for n in images], accuracy, marker=".", label=label)
+        by_minutes.plot([n / speed / 60 for n in images], accuracy, marker=".", label=label)
+    by_images.set(xlabel="images seen, million", ylabel="k-NN while training, %")
+    by_minutes.set(xlabel="minutes of one core")
+    for axes in (by_images, by_minutes):
+        axes.axhline(rows[1]["knn_pixels"], color="grey", linestyle=":", label="raw pixels")
+    by_minutes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(out, dpi=100)
 
 
