@@ -167,7 +167,7 @@ def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
     log_p_student = (student / student_temp).log_softmax(dim=-1)
     pairs = -torch.einsum("tbk,sbk->tsb", p_teacher, log_p_student)  # (2, V, B): H(P_t(x), P_s(x'))
     different = 1 - torch.eye(*pairs.shape[:2], device=pairs.device)[..., None]  # 0 where x' is x
-    loss = (pairs * different).sum() / (different.sum() * pairs.shape[2])
+    loss = (pairs * different).sum() / different.expand_as(pairs).sum()
     entropy = torch.special.entr(p_teacher).sum(dim=-1).mean()
     return loss, entropy, loss.detach() - entropy
 
@@ -194,7 +194,6 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
     schedules gave for this step. Returns (4,): loss, the teacher's entropy, KL and the gradient's norm.
     """
     net = unwrap(model)
-    loss_fn = dict(mse=mse_loss, infonce=infonce_loss).get(args.ablate, dino_loss)
     sums, batch_mean = 0, 0
     for x, d_global, d_local in micro_batches(model, args.accumulate, imgs, *draws):
         views = make_views(net, x, d_global, d_local, args)
@@ -202,7 +201,9 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
             with torch.no_grad():
                 t = net.teacher(views[0]).float().unflatten(0, (2, len(x)))  # (2, B, K): of the global views
             s = model(*views).float().unflatten(0, (-1, len(x)))  # (V, B, K)
-        loss, entropy, kl = loss_fn(s, t, net.center, teacher_temp=schedule.teacher_temp)
+        loss, entropy, kl = dino_loss(s, t, net.center, teacher_temp=schedule.teacher_temp)
+        if args.ablate in OTHER_LOSSES:  # the log keeps DINO's entropy and KL
+            loss = pairwise(s, t - net.center, OTHER_LOSSES[args.ablate])
         scaler.scale(loss / args.accumulate).backward()
         sums += torch.stack([loss.detach(), entropy, kl]) / args.accumulate
         batch_mean += t.mean(dim=(0, 1)) / args.accumulate
@@ -287,22 +288,25 @@ def augment(imgs, draws, size, unit, mean, std):
 # other losses, and what a collapse is -------------------------------------------------------------------------------
 
 
-def mse_loss(student, teacher, center, **temp):
-    """Squared distance of L2-normalised outputs instead of the cross-entropy (Table 7, row 5)."""
-    return pairwise(student, teacher, center, temp, lambda s, t: (s - t).square().sum(dim=-1).mean())
+def mse_loss(student, teacher):
+    """Squared distance of L2-normalised outputs (B, K) instead of the cross-entropy (Table 7, row 5)."""
+    return (student - teacher).square().sum(dim=-1).mean()
 
 
-def infonce_loss(student, teacher, center, **temp):
+def infonce_loss(student, teacher):
     """InfoNCE (temperature 0.1) against the micro-batch's other images; Table 7, row 8 has MoCo's queue."""
-    same = torch.arange(student.shape[1], device=student.device)
-    return pairwise(student, teacher, center, temp, lambda s, t: F.cross_entropy(s @ t.T / 0.1, same))
+    same = torch.arange(len(student), device=student.device)
+    return F.cross_entropy(student @ teacher.T / 0.1, same)
 
 
-def pairwise(student, teacher, center, temp, loss):
-    """Mean of loss(student, teacher) over pairs of different views; entropy and KL are DINO's, for the log."""
-    s, t = F.normalize(student, dim=-1), F.normalize(teacher - center, dim=-1)
+OTHER_LOSSES = dict(mse=mse_loss, infonce=infonce_loss)
+
+
+def pairwise(student, teacher, loss):
+    """Mean of loss(student, teacher), L2-normalised, over pairs of different views; (V, B, K) and (2, B, K)."""
+    s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     pairs = [loss(s[i], t[j]) for j in range(len(t)) for i in range(len(s)) if i != j]
-    return sum(pairs) / len(pairs), *dino_loss(student.detach(), teacher, center, **temp)[1:]  # logged: DINO's own
+    return sum(pairs) / len(pairs)
 
 
 def collapse_warning(entropy, kl, prototypes):

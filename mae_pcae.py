@@ -163,7 +163,11 @@ class MAE(nn.Module):
         target = standardise(target) if self.norm_pix else target
         return (pred - target).square().mean(), token_std(pred), token_std(target)
 
-    start_teacher = update_teacher = lambda self, *how: None  # MAE has no teacher
+    def start_teacher(self):
+        """MAE has no teacher."""
+
+    def update_teacher(self, momentum, finite):
+        """MAE has no teacher."""
 
     def compile(self):
         super().compile(dynamic=False)

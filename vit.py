@@ -520,9 +520,9 @@ def open_images(data="demo.npz", label="labels", whole=False):
         else:
             raise InputError(f"--data {data}: no such .npz file or folder (nor cifar10, cifar100 or demo.npz)")
         known = [n for _, n in splits if n is not None]
-        classes, numbers = np.unique(np.concatenate(known or [[]]), return_inverse=True)  # alike in both splits
-        labels = list(np.split(numbers.reshape(-1), np.cumsum([len(n) for n in known])))
-        sets = [Images(items, None if n is None else labels.pop(0), map(str, classes)) for items, n in splits]
+        classes = np.unique(np.concatenate(known or [[]]))  # of both splits, so that both are numbered alike
+        numbered = lambda names: None if names is None else np.searchsorted(classes, names)
+        sets = [Images(items, numbered(names), map(str, classes)) for items, names in splits]
     if dist.is_initialized() and dist.get_rank() == 0:
         dist.barrier()
     train, test = sets[0], sets[1] if len(sets) > 1 else None
