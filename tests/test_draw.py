@@ -19,7 +19,7 @@ def picture(name="mine.jpg", size=(90, 50)):
 
 PICTURES = dict(dino=["attention"], siameseim=["attention"], mae=["attention", "reconstruction"])
 PICTURES |= dict(pcae=["attention", "tokens"], hybrid=["attention", "reconstruction"])
-COLUMNS = dict(attention=5, reconstruction=3, tokens=5, views=5)  # two maps and two masks of two heads; two stages
+COLUMNS = dict(attention=6, reconstruction=3, tokens=5, views=5)  # two heads: maps, scale, masks; two stages
 TRAINING = PICTURES | dict(siameseim=["views"], mae=["reconstruction"], pcae=["tokens"])
 
 
@@ -53,7 +53,7 @@ def test_attention_at_another_size_costs_one_row_of_it(monkeypatch):
     rows, weights = [], vit.Attention.weights
     monkeypatch.setattr(vit.Attention, "weights", lambda self, q, k: rows.append(q.shape[2]) or weights(self, q, k))
     with Image.open(draw.main(["x.pt", picture(), "--img-size", "160", "--device", "cpu"])[0]) as img:
-        assert img.size == (5 * 162 + 2, 162 + 2 + 14) and rows == [1]
+        assert img.size == (6 * 162 + 2, 162 + 2 + 14) and rows == [1]
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(net.attention(x, queries=1), net.attention(x)[:, :, :1])
