@@ -50,10 +50,10 @@ from vit import four, mean_and_std, note, prepare, seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
 from vit import adamw, autocast, cosine, distribute, ema_update, unwrap, mean_over_processes  # 4 training step
 from vit import micro_batches, optimizer_step, shard
-from vit import Monitor, save_grid  # 5 evaluation
-from vit import encoder_config, resume, save, start_from  # 6 checkpoints
+from vit import save_grid  # 5 evaluation
+from vit import start_from  # 6 checkpoints
 from vit import COMMON, COUNT, MANY, SHARE, Log, ablate, by_preset, check_momentum, cli, describe, launch  # 7 runs
-from vit import load_data, options, step_memory, steps, vit_kwargs
+from vit import Monitor, encoder_config, load_data, options, resume, save, step_memory, steps, vit_kwargs
 
 ABLATIONS = {  # name -> the options that it sets
     "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, the entropy falls to 0

@@ -38,10 +38,9 @@ from vit import ViT  # 1 network
 from vit import four, prepare  # 2 images
 from vit import adamw, autocast, distribute, ema_update, unwrap, mean_over_processes, micro_batches  # 4 training step
 from vit import optimizer_step, shard
-from vit import Monitor  # 5 evaluation
-from vit import encoder_config, resume, save, start_from  # 6 checkpoints
+from vit import start_from  # 6 checkpoints
 from vit import COUNT, SHARE, Log, by_preset, check_momentum, cli, describe, launch, load_data  # 7 runs
-from vit import options, step_memory, steps, vit_kwargs
+from vit import Monitor, encoder_config, options, resume, save, step_memory, steps, vit_kwargs
 
 MAE_OPTIONS = ("mask_ratio", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "crop_scale")
 OPTIONS = {k: row for k, row in dino.OPTIONS.items() if k != "ablate"}
@@ -81,7 +80,9 @@ class Hybrid(nn.Module):
 
 def sample_step(args, step, side):
     """All random numbers of a step: MAE's crop, flip and noise, then those of DINO's global and local views."""
-    return mae_pcae.sample_step(args, step + 2**31, side), *dino.sample_step(args, step, side)  # not DINO's seed
+    d_mim = mae_pcae.sample_step(args, step + 2**31, side)  # a step that DINO never has, or both would draw alike
+    d_global, d_local = dino.sample_step(args, step, side)
+    return d_mim, d_global, d_local
 
 
 def train_step(model, optimizer, scaler, imgs, draws, schedule, args, norms=False):

@@ -55,10 +55,10 @@ from vit import four, prepare, seeded  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
 from vit import adamw, autocast, cosine, distribute, ema_update, unwrap, mean_over_processes  # 4 training step
 from vit import micro_batches, optimizer_step, shard
-from vit import Monitor, save_grid, token_std  # 5 evaluation
-from vit import encoder_config, resume, save, start_from  # 6 checkpoints
+from vit import save_grid, token_std  # 5 evaluation
+from vit import start_from  # 6 checkpoints
 from vit import COMMON, COUNT, SHARE, Log, by_preset, check_momentum, cli, describe, launch, load_data  # 7 runs
-from vit import options, step_memory, steps, vit_kwargs
+from vit import Monitor, encoder_config, options, resume, save, step_memory, steps, vit_kwargs
 
 # name=(default, help[, arguments for argparse]); by_preset(demo, cpu, 32 px, 96 px, 224 px):
 # missing values repeat the last one; None and "..." are computed in vit.settle

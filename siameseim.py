@@ -54,10 +54,10 @@ from vit import four, seeded  # 2 images
 from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
 from vit import adamw, autocast, cosine, distribute, ema_update, in_turn, unwrap, mean_over_processes  # 4 training step
 from vit import micro_batches, optimizer_step, shard
-from vit import Monitor, save_grid, token_std  # 5 evaluation
-from vit import encoder_config, resume, save, start_from  # 6 checkpoints
+from vit import save_grid, token_std  # 5 evaluation
+from vit import start_from  # 6 checkpoints
 from vit import COMMON, COUNT, SHARE, Log, ablate, by_preset, check_momentum, cli, describe, launch  # 7 runs
-from vit import load_data, options, step_memory, steps, vit_kwargs
+from vit import Monitor, encoder_config, load_data, options, resume, save, step_memory, steps, vit_kwargs
 
 ABLATIONS = {  # the options that they change
     "no-color": dict(color=0.0, blur=[0.0, 0.0]),

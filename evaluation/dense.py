@@ -91,6 +91,8 @@ def read_mask(file, side):
         if img.mode not in ("P", "L", "1", "I", "I;16"):
             raise InputError(f"{file} has mode {img.mode}: a mask is a palette or grey image")
         mask = torch.from_numpy(np.asarray(img).astype(np.int64))
+        if mask.min() < 0:
+            raise InputError(f"{file} has values below 0: those of a mask are classes, 0 background, 255 left out")
         size = [max(side, round(s * side / min(mask.shape))) for s in mask.shape]
         return F.interpolate(mask[None, None].double(), size=size, mode="nearest-exact")[0, 0].long()
 
@@ -179,6 +181,8 @@ def linear_features(vit, train, y, test, masks, classes, device):
     rows = (y != 255).nonzero()[:, 0]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     rows = rows[order.to(device)]
+    if len(rows) < 10:
+        raise InputError(f"{len(rows)} patches of the training masks are not 255: too few to train on")
     kept = len(rows) - len(rows) // 10
 
     def take(rows):  # normed tokens and labels of some patches: copying all at once would double the memory

@@ -39,8 +39,7 @@ from vit import batches, mean_and_std  # 2 images
 from vit import crop_resize  # 3 views
 from vit import autocast, cosine, distribute, mean_over_processes, optimizer_step  # 4 training step
 from vit import processes, shard, unwrap
-from vit import resume, save  # 6 checkpoints
-from vit import COUNT, SHARE, Log, cli, describe, launch, options, steps  # 7 runs
+from vit import COUNT, SHARE, Log, cli, describe, launch, options, resume, save, steps  # 7 runs
 
 OPTIONS = WITH_LABELS | dict(
     out=(None, "folder for classifier.pt and the run (runs/finetune-NAME)"),

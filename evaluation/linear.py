@@ -33,11 +33,11 @@ from eval_knn import EVALUATION, gather, open_encoder, open_labelled, report, sh
 
 # isort: off
 from vit import InputError, ViT, drop_path, gather_tokens, pooled  # 1 network
-from vit import batches, mean_and_std, seeded, stream  # 2 images
+from vit import batches, mean_and_std, reading, seeded, stream  # 2 images
 from vit import crop_resize, sample_boxes  # 3 views
 from vit import autocast, cosine, shard, processes  # 4 training step
 from vit import pixels  # 5 evaluation
-from vit import load_checkpoint, reading, save_checkpoint  # 6 checkpoints
+from vit import load_checkpoint, save_checkpoint  # 6 checkpoints
 from vit import COUNT, SHARE, cli, launch, options  # 7 runs
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)

@@ -97,6 +97,15 @@ def test_masks_are_found_by_folder_and_name_and_must_have_the_image_s_shape(caps
     found = {(int(x.max()), int(m.max())) for x, m in zip(images, masks, strict=True)}
     assert found == {(0, 0), (50, 1), (100, 2)} and len(masks) == 5
     assert "turned?" in capsys.readouterr().err
+    for i in range(4):  # nothing to train on
+        save("empty", i, images=flat(50), masks=flat(255 if i < 3 else 1))
+    encoder("x.pt")
+    with pytest.raises(SystemExit):
+        dense.main(["x.pt", "--data", "empty", "--device", "cpu"])
+    assert "patches of the training masks are not 255: too few" in capsys.readouterr().err
+    Image.fromarray(np.full((8, 8), -1, dtype=np.int32)).save("below.tif")
+    with pytest.raises(dense.InputError, match="values below 0"):
+        dense.read_mask("below.tif", 8)
 
 
 def test_values_of_masks_are_classes_whatever_they_are():
