@@ -55,6 +55,14 @@ OPTIONS = EVALUATION | dict(
 )
 
 
+def check_folders(args, *names):
+    """Refuses files to write, options of these names, whose folder is not there."""
+    for name in names:
+        file = getattr(args, name)
+        if file and not Path(file).absolute().parent.is_dir():
+            raise InputError(f"--{name} {file}: no such folder")
+
+
 def open_encoder(args):
     """The encoder in args.checkpoint and its config, with --img-size."""
     if not args.checkpoint:
@@ -66,8 +74,7 @@ def open_encoder(args):
         vit.pos_embed.data, vit.grid = vit.positions(grid).data.clone(), grid
     if len(set(config["img_size"])) > 1:
         raise InputError(f"{args.checkpoint} takes {config['img_size']} px, but images are cut square: give --img-size")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise InputError(f"--json {args.json}: no such folder")
+    check_folders(args, "json")
     return vit, config
 
 
@@ -135,8 +142,7 @@ def main(argv=None):
     args = options(__doc__, OPTIONS, argv)
     if args.temperature <= 0:
         raise InputError(f"--temperature {args.temperature} is not above 0")
-    if args.hits and not Path(args.hits).absolute().parent.is_dir():
-        raise InputError(f"--hits {args.hits}: no such folder")
+    check_folders(args, "hits")
     device, (rank, world) = launch(args), processes()
     vit, config = open_encoder(args)
     train, test = open_labelled(args, config)

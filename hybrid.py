@@ -174,8 +174,9 @@ def main(argv=None, images=None, backbone=ViT):
         if log.save_due(step, leaving):
             save(args, state, encoder, config, step, log)
             log.draw_curve()
-            dino.draw_attention(encoder, four(train, device), config, log.picture("attention"))
-            mae_pcae.draw(net.mae, prepare(four(train, device), config), log.picture("reconstruction"))
+            sample = four(train, device)
+            dino.draw_attention(encoder, sample, config, log.picture("attention"))
+            mae_pcae.draw(net.mae, prepare(sample, config), log.picture("reconstruction"))
     return monitor.result(args, log)
 
 

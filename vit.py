@@ -1431,8 +1431,9 @@ class Log:
             axes.axhline(value, color="grey", linestyle=("--", ":", "-.")[i], label=name)
         left.set(xlabel="epoch", title="loss")
         right.set(xlabel="epoch", title="k-NN accuracy, % (k = 20)" if key == "knn" else "accuracy, %")
-        for axes in (axes for axes in (left, right) if axes.get_legend_handles_labels()[1]):
-            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, not over them
+        for axes in (left, right):
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, not over them
         figure.savefig(self.picture("curve"), dpi=100)
 
 

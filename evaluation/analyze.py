@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_knn import EVALUATION, report
+from eval_knn import EVALUATION, check_folders, report
 from linear import accuracies, train_heads
 from tools.convert import read_encoder
 
@@ -517,8 +517,7 @@ def load_encoders(args):
     """The encoders of args.checkpoints: a list of (file, kind or None, ViT, config)."""
     if not args.checkpoints:
         raise InputError("no checkpoint given; `python dino.py` makes one: runs/dino-demo/last.pt")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise InputError(f"--json {args.json}: no such folder")
+    check_folders(args, "json")
     files = [c.rsplit("=", 1) if c.endswith(("=cl", "=mim")) else [c, None] for c in args.checkpoints]
     if len({file for file, _ in files}) < len(files):
         raise InputError("a checkpoint is given twice: it would count as two seeds")

@@ -64,8 +64,8 @@ def load_pairs(folder, side, count):
     path = Path(folder)
     if not (path / "images").is_dir() or not (path / "masks").is_dir():
         raise InputError(f"{folder}: no folder with images/ and masks/ (nor demo.npz)")
-    name = lambda file, kind: os.path.splitext(os.path.relpath(file, path / kind))[0]
-    images, masks = ({name(f, kind): f for f in list_images(path / kind)} for kind in ("images", "masks"))
+    stem = lambda file, kind: os.path.splitext(os.path.relpath(file, path / kind))[0]
+    images, masks = ({stem(f, kind): f for f in list_images(path / kind)} for kind in ("images", "masks"))
     pairs = [(f, masks[name]) for name, f in images.items() if name in masks]
     if not pairs:
         raise InputError(f"no file in {path / 'images'} has a mask of the same folder and name in {path / 'masks'}")

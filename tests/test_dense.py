@@ -100,9 +100,8 @@ def test_masks_are_found_by_folder_and_name_and_must_have_the_image_s_shape(caps
     for i in range(4):  # nothing to train on
         save("empty", i, images=flat(50), masks=flat(255 if i < 3 else 1))
     encoder("x.pt")
-    with pytest.raises(SystemExit):
-        dense.main(["x.pt", "--data", "empty", "--device", "cpu"])
-    assert "patches of the training masks are not 255: too few" in capsys.readouterr().err
+    line = fails(dense.main, ["x.pt", "--data", "empty", "--device", "cpu"], capsys)
+    assert "patches of the training masks are not 255: too few" in line
     Image.fromarray(np.full((8, 8), -1, dtype=np.int32)).save("below.tif")
     with pytest.raises(dense.InputError, match="values below 0"):
         dense.read_mask("below.tif", 8)

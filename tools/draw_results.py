@@ -18,10 +18,8 @@ def main(out, *runs):
     by_images, by_minutes = figure.subplots(1, 2, sharey=True)
     for label, file in (run.split("=", 1) for run in runs):
         rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-        batch, speed = (
-            rows[0]["args"]["batch"],
-            statistics.median(r["images_per_s"] for r in rows if "images_per_s" in r),
-        )
+        batch = rows[0]["args"]["batch"]
+        speed = statistics.median(r["images_per_s"] for r in rows if "images_per_s" in r)
         steps, accuracy = zip(*((r["step"], r["knn"]) for r in rows if r.get("knn") is not None), strict=True)
         images = [step * batch for step in steps]
         by_images.plot([n / 1e6 for n in images], accuracy, marker=".", label=label)
