@@ -17,7 +17,7 @@ becoming uniform.
 
 Symbols of the paper: g_s = net.student, g_t = net.teacher, c = net.center, m = --center-momentum, lambda (l in
 Algorithm 1) = schedule.momentum, which begins at --momentum, K = --prototypes, tau_t = schedule.teacher_temp, tau_s =
-student_temp in dino_loss. Read sections 1, 3 and 4 of vit.py too. Change dino_loss for another loss, sample_views and
+student_temp in dino_loss. Read sections 1 to 3 of vit.py too. Change dino_loss for another loss, sample_views and
 augment for another augmentation. main(backbone=...) takes another network, a subclass of ViT that changes `cls`,
 `embed` or its blocks; main(images=(train, test)) another data set, two vit.Images. How a run resumes: see vit.resume.
 
@@ -46,14 +46,14 @@ from torch import nn
 
 # isort: off
 from vit import SIZES, InputError, ViT  # 1 network
-from vit import four, mean_and_std, note, prepare, seeded  # 2 images
-from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
-from vit import adamw, autocast, cosine, distribute, ema_update, unwrap, mean_over_processes  # 4 training step
-from vit import micro_batches, optimizer_step, shard
+from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 2 views
+from vit import adamw, autocast, cosine, distribute, ema_update, mean_over_processes, micro_batches  # 3 training step
+from vit import optimizer_step, seeded, shard, unwrap
+from vit import four, mean_and_std, note, prepare  # 4 images
 from vit import save_grid  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, MANY, SHARE, Log, ablate, by_preset, check_momentum, cli, describe, launch  # 7 runs
-from vit import Monitor, encoder_config, load_data, options, resume, save, step_memory, steps, vit_kwargs
+from vit import COMMON, COUNT, MANY, SHARE, Log, Monitor, ablate, by_preset, check_momentum, cli, describe  # 7 runs
+from vit import encoder_config, launch, load_data, options, resume, save, step_memory, steps, vit_kwargs
 
 ABLATIONS = {  # name -> the options that it sets
     "no-centering": dict(center_momentum=1.0),  # the centre stays at zero: one prototype wins, the entropy falls to 0

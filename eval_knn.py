@@ -27,8 +27,8 @@ from tools.convert import read_encoder
 
 # isort: off
 from vit import InputError, ViT  # 1 network
-from vit import open_images, reading, resize_side  # 2 images
-from vit import processes  # 4 training step
+from vit import processes  # 3 training step
+from vit import open_images, reading, resize_side  # 4 images
 from vit import features, knn_hits, pixels  # 5 evaluation
 from vit import COUNT, DATA_HELP, DEVICE, MANY, PRECISION, cli, launch, options, to_json  # 7 runs
 

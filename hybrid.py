@@ -35,12 +35,12 @@ from dino import DINOHead, Network, dino_loss, schedules, update_center
 
 # isort: off
 from vit import ViT  # 1 network
-from vit import four, prepare  # 2 images
-from vit import adamw, autocast, distribute, ema_update, unwrap, mean_over_processes, micro_batches  # 4 training step
-from vit import optimizer_step, shard
+from vit import adamw, autocast, distribute, ema_update, mean_over_processes, micro_batches  # 3 training step
+from vit import optimizer_step, shard, unwrap
+from vit import four, prepare  # 4 images
 from vit import start_from  # 6 checkpoints
-from vit import COUNT, SHARE, Log, by_preset, check_momentum, cli, describe, launch, load_data  # 7 runs
-from vit import Monitor, encoder_config, options, resume, save, step_memory, steps, vit_kwargs
+from vit import COUNT, SHARE, Log, Monitor, by_preset, check_momentum, cli, describe, encoder_config, launch  # 7 runs
+from vit import load_data, options, resume, save, step_memory, steps, vit_kwargs
 
 MAE_OPTIONS = ("mask_ratio", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "crop_scale")
 OPTIONS = {k: row for k, row in dino.OPTIONS.items() if k != "ablate"}

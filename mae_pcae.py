@@ -20,7 +20,7 @@ The idea of PCAE. Predict features instead of pixels: those of a momentum encode
 patches the student does not. The tokens of an image are redundant, so the teacher drops, stage by stage, those most
 similar to the mean token; attention has spread their content to the others by then. The student predicts what is left.
 
-Read sections 1, 3 and 4 of vit.py too. Change forward for another loss or target, sample_step and augment for another
+Read sections 1 to 3 of vit.py too. Change forward for another loss or target, sample_step and augment for another
 augmentation; another backbone, a subclass of ViT, is given to main(backbone=...).
 
 Differs from the authors' code:
@@ -51,14 +51,14 @@ from torch import nn
 
 # isort: off
 from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos_grid  # 1 network
-from vit import four, prepare, seeded  # 2 images
-from vit import crop_resize, sample_boxes  # 3 views
-from vit import adamw, autocast, cosine, distribute, ema_update, unwrap, mean_over_processes  # 4 training step
-from vit import micro_batches, optimizer_step, shard
+from vit import crop_resize, sample_boxes  # 2 views
+from vit import adamw, autocast, cosine, distribute, ema_update, mean_over_processes, micro_batches  # 3 training step
+from vit import optimizer_step, seeded, shard, unwrap
+from vit import four, prepare  # 4 images
 from vit import save_grid, token_std  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, SHARE, Log, by_preset, check_momentum, cli, describe, launch, load_data  # 7 runs
-from vit import Monitor, encoder_config, options, resume, save, step_memory, steps, vit_kwargs
+from vit import COMMON, COUNT, SHARE, Log, Monitor, by_preset, check_momentum, cli, describe, encoder_config  # 7 runs
+from vit import launch, load_data, options, resume, save, step_memory, steps, vit_kwargs
 
 # name=(default, help[, arguments for argparse]); by_preset(demo, cpu, 32 px, 96 px, 224 px):
 # missing values repeat the last one; None and "..." are computed in vit.settle

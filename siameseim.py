@@ -16,8 +16,8 @@ that sees all of b. Colours differ (not in the demo, which has few), so the pred
 every position, so it stays spatial.
 
 Symbols of the paper: y is the prediction, z the target, C the correlation of targets, lambda --neg-weight. For another
-loss change siameseim_loss, for another target SiameseIM.targets, for another mask visible_patches. Read sections 1, 3
-and 4 of vit.py too.
+loss change siameseim_loss, for another target SiameseIM.targets, for another mask visible_patches. Read sections 1 to
+3 of vit.py too.
 
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order, no rounding to 8 bits in
@@ -50,14 +50,14 @@ from torchvision.utils import draw_bounding_boxes
 
 # isort: off
 from vit import SIZES, Block, InputError, ViT, gather_tokens, sincos, sincos_grid  # 1 network
-from vit import four, seeded  # 2 images
-from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 3 views
-from vit import adamw, autocast, cosine, distribute, ema_update, in_turn, unwrap, mean_over_processes  # 4 training step
-from vit import micro_batches, optimizer_step, shard
+from vit import blend, crop_resize, gaussian_blur, gray, sample_boxes, shift_hue  # 2 views
+from vit import adamw, autocast, cosine, distribute, ema_update, in_turn, mean_over_processes  # 3 training step
+from vit import micro_batches, optimizer_step, seeded, shard, unwrap
+from vit import four  # 4 images
 from vit import save_grid, token_std  # 5 evaluation
 from vit import start_from  # 6 checkpoints
-from vit import COMMON, COUNT, SHARE, Log, ablate, by_preset, check_momentum, cli, describe, launch  # 7 runs
-from vit import Monitor, encoder_config, load_data, options, resume, save, step_memory, steps, vit_kwargs
+from vit import COMMON, COUNT, SHARE, Log, Monitor, ablate, by_preset, check_momentum, cli, describe  # 7 runs
+from vit import encoder_config, launch, load_data, options, resume, save, step_memory, steps, vit_kwargs
 
 ABLATIONS = {  # the options that they change
     "no-color": dict(color=0.0, blur=[0.0, 0.0]),

@@ -1,14 +1,14 @@
 """A Vision Transformer, and what every script here needs around it.
 
     1 network        the ViT (Dosovitskiy et al., arXiv 2010.11929; pre-norm, as in DeiT and DINO), with timm's names
-    2 images         files, .npz or CIFAR in; batches of square uint8 images out
-    3 views          crops, colours and blur of a whole batch at once, on the device
-    4 training step  schedules, optimizer, gradients over processes and micro-batches, moving averages
+    2 views          crops, colours and blur of a whole batch at once, on the device
+    3 training step  schedules, optimizer, gradients over processes and micro-batches, moving averages
+    4 images         files, .npz or CIFAR in; batches of square uint8 images out
     5 evaluation     features of a frozen encoder, and k-NN
     6 checkpoints    saved completely or not at all, loaded without running code
     7 runs           options, devices, and the folder of a run: resume, log, k-NN, curve
 
-To read a method, read sections 1, 3 and 4. Section 1 can be copied on its own: of the imports it needs torch, nn, F and
+To read a method, read sections 1 to 3. Section 1 can be copied on its own: of the imports it needs torch, nn, F and
 rearrange, and it uses nothing of the other sections.
 
 Letters in shape comments, here and in every script:
@@ -235,7 +235,228 @@ def pooled(x, feature):
     return dict(cls=cls, mean=mean, both=torch.cat([cls, mean], dim=1))[feature]
 
 
-# 2 images -------------------------------------------------------------------------------------------------------------
+# 2 views --------------------------------------------------------------------------------------------------------------
+
+
+def sample_boxes(shape, side, scale, g):
+    """Random boxes y, x, height, width (*shape, 4) in px of a square image, by the rule of RandomResizedCrop.
+
+    The area share is uniform in `scale`, the aspect ratio log-uniform in 3/4 to 4/3. Of ten tries the first that fits
+    is taken, else the whole image.
+    """
+    area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
+    ratio = torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
+    first = fits.int().argmax(-1, keepdim=True)  # if none fits, the first try, where `side` stands
+    h, w = (torch.where(fits, t, side).gather(-1, first)[..., 0] for t in (h, w))
+    y, x = ((torch.rand(shape, generator=g) * (side - t + 1)).floor() for t in (h, w))
+    return torch.stack([y, x, h, w], dim=-1)
+
+
+def resize_weights(start, length, flip, out, side):
+    """The matrix (..., out, side) that resamples pixels [start, start+length) of a row of `side` to `out`.
+
+    Bicubic (a = -0.5) and antialiased: the kernel is stretched where the crop shrinks, as in Pillow and F.interpolate.
+    """
+    i = torch.arange(out, device=start.device)
+    i = torch.where(flip[..., None], out - 1 - i, i)
+    scale = (length / out)[..., None]
+    center = start[..., None] + (i + 0.5) * scale
+    pixel = torch.arange(side, device=start.device) + 0.5
+    x = ((pixel - center[..., None]) / scale.clamp(min=1)[..., None]).abs()
+    w = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2))
+    start, length = start[..., None, None], length[..., None, None]
+    w = w * ((pixel > start) & (pixel < start + length))
+    return w / w.sum(dim=-1, keepdim=True)
+
+
+def crop_resize(imgs, box, flip, size):
+    """Cuts boxes (B, V, 4) from imgs (B, C, S, S), resizes, flips: (V·B, C, size, size), Wy @ img @ Wxᵀ."""
+    (y, x, h, w), side, c = box.unbind(-1), imgs.shape[-1], imgs.shape[1]
+    wy = resize_weights(y, h, torch.zeros_like(flip), size, side)  # (B, V, size, S)
+    wx = resize_weights(x, w, flip, size, side)
+    rows = rearrange(wy, "b v i s -> b (v i) s") @ rearrange(imgs, "b c s t -> b s (c t)")
+    rows = rearrange(rows, "b (v i) (c t) -> (b v) (c i) t", c=c, i=size)
+    crops = rows @ rearrange(wx, "b v j t -> (b v) t j")
+    return rearrange(crops, "(b v) (c i) j -> (v b) c i j", v=box.shape[1], c=c).clamp(0, 1)
+
+
+def gray(x):  # (B, 3, h, w) -> (B, 1, h, w): luma of ITU-R 601
+    r, g, b = x.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
+
+
+def blend(x, other, factor):  # other + factor (x - other): contrast, saturation and grey are all this
+    return torch.lerp(other, x, factor).clamp(0, 1)
+
+
+def shift_hue(x, shift):
+    """x (B, 3, h, w) with its hue turned by `shift` (B, 1, 1, 1), a share of the circle; value and saturation stay.
+
+    HSV to RGB: a channel is top - chroma clamp(min(k, 4 - k), 0, 1), with k = hue + 5, 3, 1 mod 6 for R, G, B.
+    """
+    top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
+    chroma = top - low
+    r, g, b = x.split(1, dim=1)
+    sector = torch.where(top == r, (g - b), torch.where(top == g, (b - r), (r - g)))
+    offset = torch.where(top == r, 0.0, torch.where(top == g, 2.0, 4.0))
+    hue = sector / chroma.clamp(min=1e-8) + offset + 6 * shift
+    k = (hue + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
+    return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x, sigma, radius):
+    """x (B, C, h, w) blurred by sigma (B,) px; 0 leaves it as it is. Borders are reflected.
+
+    The kernel has 2 radius + 1 px; two matrix products.
+    """
+
+    def matrix(n):
+        r = min(radius, n - 1)
+        k = torch.arange(-r, r + 1, device=x.device)
+        weight = torch.exp(-0.5 * (k / sigma[:, None].clamp(min=1e-3)) ** 2)
+        source = (torch.arange(n, device=x.device)[:, None] + k).abs()  # pixel i takes weight k from pixel i + k,
+        source = torch.where(source < n, source, 2 * n - 2 - source)  # reflected at the borders
+        one_hot = F.one_hot(source, n).to(x)  # (n, 2r+1, n)
+        return torch.einsum("bk,ikj->bij", weight / weight.sum(dim=1, keepdim=True), one_hot)[:, None]
+
+    return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).transpose(-2, -1)
+
+
+# 3 training step ------------------------------------------------------------------------------------------------------
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)  # --precision
+
+
+def autocast(device, precision):
+    """Computes matrix products in `precision`; weights and their gradients stay in fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def cosine(step, total, peak, end, warmup=0):
+    """Linear from 0 to `peak`, reached in the last of `warmup` steps, then a cosine from `peak` to `end`."""
+    warmup = round(warmup)
+    if step < warmup:
+        return peak * step / max(1, warmup - 1)
+    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+def adamw(net, precision, betas=(0.9, 0.999)):
+    """AdamW (group 0 has weight decay; group 1, biases and norms, has none) and the scaler for fp16."""
+    params = [p for p in net.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim <= 1])]
+    # fused, as that one skips a step by found_inf: see optimizer_step
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+    return optimizer, torch.amp.GradScaler(params[0].device.type, enabled=precision == "fp16")
+
+
+def seeded(seed, step):
+    """The CPU generator of a step's random numbers (all but drop path's): the same after a restart, on any rank."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
+
+
+def processes():
+    """This process's rank and the number of processes; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mean_over_processes(x):
+    """The mean of the tensor x over processes. Changes x."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
+def to_device(x, device):
+    """x on the device, by way of pinned memory, so that the host does not wait for the copy."""
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def shard(draws, device):
+    """This process's rows of the whole batch's random numbers (a dict of tensors, or several), on the device."""
+    if not isinstance(draws, dict):
+        return [shard(d, device) for d in draws]
+    rank, world = processes()
+    return {k: to_device(v.chunk(world)[rank], device) for k, v in draws.items()}
+
+
+def distribute(net):
+    """`net`, under torchrun in torch's DistributedDataParallel (DDP), which averages gradients over processes.
+
+    DDP regroups gradients into buckets after its first backward pass. With three or more processes another grouping
+    changes the order of sums, and so their rounding. One backward pass of zeros makes it regroup before the first step,
+    so that a run that resumes rounds as one that was never stopped.
+    """
+    if not dist.is_initialized():
+        return net
+    model = DistributedDataParallel(net)
+    model.broadcast_buffers = False  # not as an argument: at the start they are still made equal
+    net.forward = lambda: sum(p.sum() for p in net.parameters() if p.requires_grad) * 0
+    model().backward()
+    net.zero_grad()
+    del net.forward  # the class's own is found again
+    return model
+
+
+def unwrap(model):
+    """The network in what distribute returned."""
+    return getattr(model, "module", model)
+
+
+def in_turn(model, chunks):
+    """Yields micro-batches. Gradients are averaged over processes in the backward pass of the last one alone."""
+    for i, chunk in enumerate(chunks, 1):
+        model.require_backward_grad_sync = i == len(chunks)  # read by DDP
+        yield chunk
+
+
+def micro_batches(model, n, *draws):
+    """Splits tensors, and dicts of tensors, by rows into n equal chunks; yields tuples, for one backward pass each."""
+    rows = lambda x, i: {k: v.chunk(n)[i] for k, v in x.items()} if isinstance(x, dict) else x.chunk(n)[i]
+    yield from in_turn(model, [tuple(rows(x, i) for x in draws) for i in range(n)])
+
+
+@torch.no_grad()
+def optimizer_step(optimizer, scaler, lr, weight_decay, clip, per_parameter=False):
+    """Clips, and does one step of AdamW unless a gradient is not finite. Nothing in it waits for the device.
+
+    weight_decay: of all but biases and norms. clip: limit of the norm of all gradients together, or of each
+    parameter's own (DINO); 0 turns it off. Returns the norm before clipping, and finite: 1.0 if the step was done, else
+    0.0; two tensors ().
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("factor", 1)  # factor: of a layer, in fine-tuning
+    if weight_decay is not None:
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+    scaler.unscale_(optimizer)
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    norm = norms.norm()
+    if clip:
+        scale = clip / ((norms if per_parameter else norm.expand(len(norms))) + 1e-6)
+        torch._foreach_mul_(grads, list(scale.clamp(max=1).unbind()))
+    finite = norm.isfinite().float()
+    optimizer.found_inf = 1 - finite  # as GradScaler does: where it is 1, a fused optimizer skips the step
+    optimizer.step()
+    optimizer.zero_grad()
+    scaler.update()
+    return norm, finite
+
+
+@torch.no_grad()
+def ema_update(teacher, student, momentum, finite):
+    """EMA: teacher = momentum teacher + (1 - momentum) student, where `finite` is 1; else it stays as it is."""
+    old, new = list(teacher.parameters()), list(student.parameters())
+    change = torch._foreach_sub(new, old)
+    torch._foreach_mul_(change, (1 - momentum) * finite)
+    torch._foreach_add_(old, change)
+
+
+# 4 images -------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"}
 TESTS = ("test", "testing", "val", "valid", "validation")  # the first of these that has labels is the test set
@@ -534,11 +755,6 @@ def open_images(data="demo.npz", label="labels", whole=False):
     return train, test or train
 
 
-def seeded(seed, step):
-    """The CPU generator of a step's random numbers (all but drop path's): the same after a restart, on any rank."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
-
-
 def batches(n, batch, first, stop, seed, whole=False):
     """Indices and offsets of this process's images (or the whole batch's) in steps first to stop - 1.
 
@@ -587,13 +803,6 @@ def in_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def to_device(x, device):
-    """x on the device, by way of pinned memory, so that the host does not wait for the copy."""
-    if torch.device(device).type == "cuda" and not x.is_cuda:
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
-
-
 def resize_side(img_size):
     """The side to which evaluation resizes before its centre crop: 8/7 of a network's above 64 px (224 px: 256 px)."""
     return max(img_size) if max(img_size) <= 64 else round(max(img_size) * 8 / 7)
@@ -615,215 +824,6 @@ def prepare(imgs, config):
         x = TF.resize(x, [side, side], interpolation=TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
         x = TF.center_crop(x, config["img_size"])
     return TF.normalize(x, config["mean"], config["std"])
-
-
-# 3 views --------------------------------------------------------------------------------------------------------------
-
-
-def sample_boxes(shape, side, scale, g):
-    """Random boxes y, x, height, width (*shape, 4) in px of a square image, by the rule of RandomResizedCrop.
-
-    The area share is uniform in `scale`, the aspect ratio log-uniform in 3/4 to 4/3. Of ten tries the first that fits
-    is taken, else the whole image.
-    """
-    area = side**2 * torch.empty(*shape, 10).uniform_(*sorted(scale), generator=g)
-    ratio = torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
-    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
-    first = fits.int().argmax(-1, keepdim=True)  # if none fits, the first try, where `side` stands
-    h, w = (torch.where(fits, t, side).gather(-1, first)[..., 0] for t in (h, w))
-    y, x = ((torch.rand(shape, generator=g) * (side - t + 1)).floor() for t in (h, w))
-    return torch.stack([y, x, h, w], dim=-1)
-
-
-def resize_weights(start, length, flip, out, side):
-    """The matrix (..., out, side) that resamples pixels [start, start+length) of a row of `side` to `out`.
-
-    Bicubic (a = -0.5) and antialiased: the kernel is stretched where the crop shrinks, as in Pillow and F.interpolate.
-    """
-    i = torch.arange(out, device=start.device)
-    i = torch.where(flip[..., None], out - 1 - i, i)
-    scale = (length / out)[..., None]
-    center = start[..., None] + (i + 0.5) * scale
-    pixel = torch.arange(side, device=start.device) + 0.5
-    x = ((pixel - center[..., None]) / scale.clamp(min=1)[..., None]).abs()
-    w = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2))
-    start, length = start[..., None, None], length[..., None, None]
-    w = w * ((pixel > start) & (pixel < start + length))
-    return w / w.sum(dim=-1, keepdim=True)
-
-
-def crop_resize(imgs, box, flip, size):
-    """Cuts boxes (B, V, 4) from imgs (B, C, S, S), resizes, flips: (V·B, C, size, size), Wy @ img @ Wxᵀ."""
-    (y, x, h, w), side, c = box.unbind(-1), imgs.shape[-1], imgs.shape[1]
-    wy = resize_weights(y, h, torch.zeros_like(flip), size, side)  # (B, V, size, S)
-    wx = resize_weights(x, w, flip, size, side)
-    rows = rearrange(wy, "b v i s -> b (v i) s") @ rearrange(imgs, "b c s t -> b s (c t)")
-    rows = rearrange(rows, "b (v i) (c t) -> (b v) (c i) t", c=c, i=size)
-    crops = rows @ rearrange(wx, "b v j t -> (b v) t j")
-    return rearrange(crops, "(b v) (c i) j -> (v b) c i j", v=box.shape[1], c=c).clamp(0, 1)
-
-
-def gray(x):  # (B, 3, h, w) -> (B, 1, h, w): luma of ITU-R 601
-    r, g, b = x.split(1, dim=1)
-    return 0.2989 * r + 0.587 * g + 0.114 * b
-
-
-def blend(x, other, factor):  # other + factor (x - other): contrast, saturation and grey are all this
-    return torch.lerp(other, x, factor).clamp(0, 1)
-
-
-def shift_hue(x, shift):
-    """x (B, 3, h, w) with its hue turned by `shift` (B, 1, 1, 1), a share of the circle; value and saturation stay.
-
-    HSV to RGB: a channel is top - chroma clamp(min(k, 4 - k), 0, 1), with k = hue + 5, 3, 1 mod 6 for R, G, B.
-    """
-    top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
-    chroma = top - low
-    r, g, b = x.split(1, dim=1)
-    sector = torch.where(top == r, (g - b), torch.where(top == g, (b - r), (r - g)))
-    offset = torch.where(top == r, 0.0, torch.where(top == g, 2.0, 4.0))
-    hue = sector / chroma.clamp(min=1e-8) + offset + 6 * shift
-    k = (hue + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
-    return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def gaussian_blur(x, sigma, radius):
-    """x (B, C, h, w) blurred by sigma (B,) px; 0 leaves it as it is. Borders are reflected.
-
-    The kernel has 2 radius + 1 px; two matrix products.
-    """
-
-    def matrix(n):
-        r = min(radius, n - 1)
-        k = torch.arange(-r, r + 1, device=x.device)
-        weight = torch.exp(-0.5 * (k / sigma[:, None].clamp(min=1e-3)) ** 2)
-        source = (torch.arange(n, device=x.device)[:, None] + k).abs()  # pixel i takes weight k from pixel i + k,
-        source = torch.where(source < n, source, 2 * n - 2 - source)  # reflected at the borders
-        one_hot = F.one_hot(source, n).to(x)  # (n, 2r+1, n)
-        return torch.einsum("bk,ikj->bij", weight / weight.sum(dim=1, keepdim=True), one_hot)[:, None]
-
-    return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).transpose(-2, -1)
-
-
-# 4 training step ------------------------------------------------------------------------------------------------------
-
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)  # --precision
-
-
-def autocast(device, precision):
-    """Computes matrix products in `precision`; weights and their gradients stay in fp32."""
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
-
-
-def cosine(step, total, peak, end, warmup=0):
-    """Linear from 0 to `peak`, reached in the last of `warmup` steps, then a cosine from `peak` to `end`."""
-    warmup = round(warmup)
-    if step < warmup:
-        return peak * step / max(1, warmup - 1)
-    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
-
-
-def adamw(net, precision, betas=(0.9, 0.999)):
-    """AdamW (group 0 has weight decay; group 1, biases and norms, has none) and the scaler for fp16."""
-    params = [p for p in net.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim <= 1])]
-    # fused, as that one skips a step by found_inf: see optimizer_step
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
-    return optimizer, torch.amp.GradScaler(params[0].device.type, enabled=precision == "fp16")
-
-
-def processes():
-    """This process's rank and the number of processes; (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def mean_over_processes(x):
-    """The mean of the tensor x over processes. Changes x."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x = x / dist.get_world_size()
-    return x
-
-
-def shard(draws, device):
-    """This process's rows of the whole batch's random numbers (a dict of tensors, or several), on the device."""
-    if not isinstance(draws, dict):
-        return [shard(d, device) for d in draws]
-    rank, world = processes()
-    return {k: to_device(v.chunk(world)[rank], device) for k, v in draws.items()}
-
-
-def distribute(net):
-    """`net`, under torchrun in torch's DistributedDataParallel (DDP), which averages gradients over processes.
-
-    DDP regroups gradients into buckets after its first backward pass. With three or more processes another grouping
-    changes the order of sums, and so their rounding. One backward pass of zeros makes it regroup before the first step,
-    so that a run that resumes rounds as one that was never stopped.
-    """
-    if not dist.is_initialized():
-        return net
-    model = DistributedDataParallel(net)
-    model.broadcast_buffers = False  # not as an argument: at the start they are still made equal
-    net.forward = lambda: sum(p.sum() for p in net.parameters() if p.requires_grad) * 0
-    model().backward()
-    net.zero_grad()
-    del net.forward  # the class's own is found again
-    return model
-
-
-def unwrap(model):
-    """The network in what distribute returned."""
-    return getattr(model, "module", model)
-
-
-def in_turn(model, chunks):
-    """Yields micro-batches. Gradients are averaged over processes in the backward pass of the last one alone."""
-    for i, chunk in enumerate(chunks, 1):
-        model.require_backward_grad_sync = i == len(chunks)  # read by DDP
-        yield chunk
-
-
-def micro_batches(model, n, *draws):
-    """Splits tensors, and dicts of tensors, by rows into n equal chunks; yields tuples, for one backward pass each."""
-    rows = lambda x, i: {k: v.chunk(n)[i] for k, v in x.items()} if isinstance(x, dict) else x.chunk(n)[i]
-    yield from in_turn(model, [tuple(rows(x, i) for x in draws) for i in range(n)])
-
-
-@torch.no_grad()
-def optimizer_step(optimizer, scaler, lr, weight_decay, clip, per_parameter=False):
-    """Clips, and does one step of AdamW unless a gradient is not finite. Nothing in it waits for the device.
-
-    weight_decay: of all but biases and norms. clip: limit of the norm of all gradients together, or of each
-    parameter's own (DINO); 0 turns it off. Returns the norm before clipping, and finite: 1.0 if the step was done, else
-    0.0; two tensors ().
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("factor", 1)  # factor: of a layer, in fine-tuning
-    if weight_decay is not None:
-        optimizer.param_groups[0]["weight_decay"] = weight_decay
-    scaler.unscale_(optimizer)
-    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
-    norm = norms.norm()
-    if clip:
-        scale = clip / ((norms if per_parameter else norm.expand(len(norms))) + 1e-6)
-        torch._foreach_mul_(grads, list(scale.clamp(max=1).unbind()))
-    finite = norm.isfinite().float()
-    optimizer.found_inf = 1 - finite  # as GradScaler does: where it is 1, a fused optimizer skips the step
-    optimizer.step()
-    optimizer.zero_grad()
-    scaler.update()
-    return norm, finite
-
-
-@torch.no_grad()
-def ema_update(teacher, student, momentum, finite):
-    """EMA: teacher = momentum teacher + (1 - momentum) student, where `finite` is 1; else it stays as it is."""
-    old, new = list(teacher.parameters()), list(student.parameters())
-    change = torch._foreach_sub(new, old)
-    torch._foreach_mul_(change, (1 - momentum) * finite)
-    torch._foreach_add_(old, change)
 
 
 # 5 evaluation ---------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from tools.convert import read_encoder
 
 # isort: off
 from vit import InputError, ViT, pooled  # 1 network
-from vit import Images, batches, in_order, list_images, open_images, prepare, reading, resize_side, stream  # 2 images
+from vit import Images, batches, in_order, list_images, open_images, prepare, reading, resize_side, stream  # 4 images
 from vit import features, knn  # 5 evaluation
 from vit import COUNT, cli, launch, options  # 7 runs
 

@@ -34,7 +34,7 @@ from linear import RATES, accuracies, train_heads
 
 # isort: off
 from vit import InputError, ViT  # 1 network
-from vit import batches, decode, list_images, open_images, prepare, reading, square  # 2 images
+from vit import batches, decode, list_images, open_images, prepare, reading, square  # 4 images
 from vit import attention_mask  # 5 evaluation
 from vit import SHARE, cli, launch, options  # 7 runs
 

@@ -35,10 +35,10 @@ from linear import WITH_LABELS, Classifier, accuracies, sample_crops, save_class
 
 # isort: off
 from vit import InputError, ViT  # 1 network
-from vit import batches, mean_and_std  # 2 images
-from vit import crop_resize  # 3 views
-from vit import autocast, cosine, distribute, mean_over_processes, optimizer_step  # 4 training step
-from vit import processes, shard, unwrap
+from vit import crop_resize  # 2 views
+from vit import autocast, cosine, distribute, mean_over_processes, optimizer_step, processes, shard  # 3 training step
+from vit import unwrap
+from vit import batches, mean_and_std  # 4 images
 from vit import COUNT, SHARE, Log, cli, describe, launch, options, resume, save, steps  # 7 runs
 
 OPTIONS = WITH_LABELS | dict(

@@ -33,9 +33,9 @@ from eval_knn import EVALUATION, gather, open_encoder, open_labelled, report, sh
 
 # isort: off
 from vit import InputError, ViT, drop_path, gather_tokens, pooled  # 1 network
-from vit import batches, mean_and_std, reading, seeded, stream  # 2 images
-from vit import crop_resize, sample_boxes  # 3 views
-from vit import autocast, cosine, shard, processes  # 4 training step
+from vit import crop_resize, sample_boxes  # 2 views
+from vit import autocast, cosine, processes, seeded, shard  # 3 training step
+from vit import batches, mean_and_std, reading, stream  # 4 images
 from vit import pixels  # 5 evaluation
 from vit import load_checkpoint, save_checkpoint  # 6 checkpoints
 from vit import COUNT, SHARE, cli, launch, options  # 7 runs

@@ -40,8 +40,8 @@ import siameseim
 
 # isort: off
 from vit import InputError  # 1 network
-from vit import Images, in_order, stream  # 2 images
-from vit import DTYPES, adamw, shard  # 4 training step
+from vit import DTYPES, adamw, shard  # 3 training step
+from vit import Images, in_order, stream  # 4 images
 from vit import COUNT, cli, launch, options, settle, vit_kwargs  # 7 runs
 
 METHODS = dict(dino=(dino, dino.DINO), mae=(mae_pcae, mae_pcae.MAE), pcae=(mae_pcae, mae_pcae.PCAE))

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # isort: off
 from vit import SIZES, InputError  # 1 network
-from vit import note, reading  # 2 images
+from vit import note, reading  # 4 images
 from vit import build_encoder, load_checkpoint, load_encoder, save_checkpoint  # 6 checkpoints
 from vit import cli, options  # 7 runs
 

@@ -24,7 +24,7 @@ from tools.convert import HARMLESS, read_encoder
 
 # isort: off
 from vit import InputError, ViT  # 1 network
-from vit import decode, mean_and_std, prepare, reading, resize_side, square  # 2 images
+from vit import decode, mean_and_std, prepare, reading, resize_side, square  # 4 images
 from vit import attention_mask, save_grid  # 5 evaluation
 from vit import load_checkpoint  # 6 checkpoints
 from vit import COUNT, DEVICE, cli, launch, options, vit_kwargs  # 7 runs
