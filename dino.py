@@ -25,7 +25,7 @@ Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order (theirs: drawn for each
   image), no rounding to 8 bits in between, a true Gaussian blur (Pillow's: box blurs), sigma in px of a 224 px image.
 - Crops are cut from a stored square (theirs: from the whole image). Its side is --img-size, above 64 px up to twice
-  that. Of an oblong image it is the middle; of sets too large for memory a random place, new in every epoch.
+  that, and of an oblong image it is the middle.
 - Position embeddings are interpolated to the exact size (see vit.py). Mean and std are those of the data set.
 - A gradient that is not finite skips the step (theirs: a loss that is not finite ends the run).
 - --batch counts all processes and micro-batches. Precision is bf16 where the hardware has it (theirs: fp16).

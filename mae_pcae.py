@@ -25,8 +25,7 @@ augmentation; another backbone, a subclass of ViT, is given to main(backbone=...
 
 Differs from the authors' code:
 - Crops and flips run on the device for the whole batch, without rounding to 8 bits. Images are decoded as squares of
-  the network's size (above 64 px, of up to twice that): the middle of an oblong image, or, of sets too large for
-  memory, a random place along its long side. Mean and std are those of the data set.
+  the network's size (above 64 px, of up to twice that), cut from the middle. Mean and std are those of the data set.
 - The encoder's linear layers start from a truncated normal of 0.02, its patch embedding from PyTorch's default (theirs:
   Xavier-uniform, as the decoder here: smaller weights learn for long from positions alone). --norm-pix is on.
 - PCAE: the paper's criterion, cosine to the mean token (theirs: to the mean of unit vectors, --criterion unit). The

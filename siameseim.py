@@ -22,8 +22,7 @@ loss change siameseim_loss, for another target SiameseIM.targets, for another ma
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order, no rounding to 8 bits in
   between, blur's sigma in pixels of a 224 px image. Images are decoded as squares of the network's size (above 64 px up
-  to twice that): the middle of an oblong image, or, of sets too large for memory, a random place along its long side.
-  Mean and std are those of the data set.
+  to twice that), cut from the middle. Mean and std are those of the data set.
 - Block-wise masks: if blocks hide too many patches, random ones of the last stay visible; if too few, random ones are
   added (theirs: ten redraws first). Random masks work (theirs: disabled).
 - BatchNorm always uses the statistics of its batch and keeps none. They are over all processes on CPUs too. With

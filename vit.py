@@ -509,11 +509,11 @@ def decode(file, side=None):
         return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()
 
 
-def square(img, offset=0.5):
-    """The (C, S, S) square of (C, h, w) whose place along the long side is `offset`, in [0, 1]."""
+def square(img):
+    """The (C, S, S) square in the middle of (C, h, w)."""
     h, w = img.shape[-2:]
     s = min(h, w)
-    y, x = int((h - s) * offset), int((w - s) * offset)
+    y, x = (h - s) // 2, (w - s) // 2
     return img[..., y : y + s, x : x + s]
 
 
@@ -530,7 +530,7 @@ def as_labels(labels, n, where, names=False):
 
 
 class Images(torch.utils.data.Dataset):
-    """Square uint8 images: `images[i, offset]` is (C, S, S), cut at `offset` (0 to 1) along the long side.
+    """Square uint8 images: `images[i]` is (C, S, S), the middle of item i, resized.
 
     items: a sequence of image files (str or Path), or of images, uint8 tensors (C, h, w), such as a tensor
     (N, C, h, w) or a data set of your own. labels: whole numbers from 0, (N,), or None; classes: their names.
@@ -568,11 +568,10 @@ class Images(torch.utils.data.Dataset):
         x = self.items[i]
         return TF.resize(x if torch.is_tensor(x) else decode(x, self.side), [self.side], TF.InterpolationMode.BICUBIC)
 
-    def __getitem__(self, key):
-        i, offset = key
+    def __getitem__(self, i):
         for j in range(i, i + 100):
             try:
-                return square(self.read(j % len(self)), offset)
+                return square(self.read(j % len(self)))
             except InputError as e:
                 if not self.replace:
                     raise
@@ -594,7 +593,7 @@ class Images(torch.utils.data.Dataset):
 
         def read(i):
             try:
-                return images[i, 0.5].clone()  # or the rest of an oblong image would stay in memory
+                return images[i].clone()  # or the rest of an oblong image would stay in memory
             except InputError as e:
                 bad.append(str(e))
 
@@ -625,7 +624,7 @@ class Images(torch.utils.data.Dataset):
     def stats(self):
         """Mean and standard deviation of each channel, in [0, 1], of at most 1,000 images: two lists."""
         some = self.subset(1000).at(self.side, quiet=True)
-        sums = [[(some[i, 0.5].double() / 255).pow(k).mean((1, 2)) for k in (1, 2)] for i in range(len(some))]
+        sums = [[(some[i].double() / 255).pow(k).mean((1, 2)) for k in (1, 2)] for i in range(len(some))]
         mean, square_mean = (torch.stack(s).mean(0) for s in zip(*sums, strict=True))
         return mean.tolist(), (square_mean - mean**2).clamp(min=1e-6).sqrt().tolist()
 
@@ -756,37 +755,32 @@ def open_images(data="demo.npz", label="labels", whole=False):
 
 
 def batches(n, batch, first, stop, seed, whole=False):
-    """Indices and offsets of this process's images (or the whole batch's) in steps first to stop - 1.
-
-    Each epoch has a new order.
-    """
+    """Indices of this process's images (or the whole batch's) in steps first to stop - 1; a new order each epoch."""
     rank, world = (0, 1) if whole else processes()
     mine = slice(rank * batch // world, (rank + 1) * batch // world)
     for step in range(first, stop):
         epoch, at = divmod(step, n // batch)
         if step == first or at == 0:
             order = torch.randperm(n, generator=seeded(seed, -1 - epoch))
-        offsets = torch.rand(batch, generator=seeded(seed + 1, step))
-        yield order[at * batch : (at + 1) * batch][mine].tolist(), offsets[mine].tolist()
+        yield order[at * batch : (at + 1) * batch][mine].tolist()
 
 
 def in_order(images, batch):
-    """What stream() takes to go through all images once: their indices, and the middle of each."""
-    return [(i.tolist(), [0.5] * len(i)) for i in torch.arange(len(images)).split(batch)]
+    """The indices that stream() takes to go through all images once."""
+    return [i.tolist() for i in torch.arange(len(images)).split(batch)]
 
 
-def stream(images, keys, device="cpu", workers=2):
-    """Yields uint8 (B, C, S, S) on the device for each (indices, offsets) of `keys`; workers decode files."""
+def stream(images, indices, device="cpu", workers=2):
+    """Yields uint8 (B, C, S, S) on the device for each list of `indices`; workers decode files."""
     device, items = torch.device(device), images.items
     if images.in_memory:
         if device.type == "cuda" and items.numel() < torch.cuda.mem_get_info(device)[0] // 4:
             items = items.to(device)  # the whole set lies on the device: a batch is an index
-        for index, _ in keys:
+        for index in indices:
             yield to_device(items[torch.as_tensor(index).to(items.device, non_blocking=True)], device)
         return
-    keys = (list(zip(i, offsets, strict=True)) for i, offsets in keys)
     how = dict(num_workers=workers, worker_init_fn=in_worker, pin_memory=device.type == "cuda")
-    loader = iter(torch.utils.data.DataLoader(images, batch_sampler=keys, **how))
+    loader = iter(torch.utils.data.DataLoader(images, batch_sampler=indices, **how))
     try:
         for batch in loader:
             yield batch.to(device, non_blocking=True)
@@ -1303,11 +1297,9 @@ def steps(images, args, log, device):
     try:
         for step, imgs in enumerate(bar, first):
             number = asked[0] if asked else 0
-            if world > 1 and step % 10 == 9:  # has any process been asked to stop?
-                any_asked = mean_over_processes(torch.tensor(float(number), device=device)) > 0
+            if world > 1:  # all must leave at the same step, so every ten steps they ask each other
+                any_asked = step % 10 == 9 and mean_over_processes(torch.tensor(float(number), device=device)) > 0
                 number = signal.SIGTERM if any_asked else 0
-            elif world > 1:
-                number = 0
             torch.manual_seed(((args.seed * 1_000_003 + step) * world + rank) % 2**63)
             yield step, imgs, step + 1 == stop or number > 0
             if number and step + 1 < stop:

@@ -246,7 +246,7 @@ def measure_encoder(vit, config, sets, args, device):
         total = 30 * (n // batch)
         for a, b in zip(train, test, strict=True):
             found["knn"].append(knn(a, y, b, wanted)[20][0])
-            pairs = ((a[i], y[i]) for i, _ in batches(n, batch, 0, total, 0))
+            pairs = ((a[i], y[i]) for i in batches(n, batch, 0, total, 0))
             norm, weight, bias = train_heads(pairs, total, a.shape[1], len(sets["train"].classes), [0.3], batch, device)
             found["linear"] += accuracies(norm(b) @ weight + bias, wanted)
         width = 0.2 if args.quick else 0.1

@@ -192,7 +192,7 @@ def linear_features(vit, train, y, test, masks, classes, device):
     def fit(n, rates):
         batch = min(1024, n)
         total = max(200, 5 * (n // batch))
-        steps = (take(rows[i]) for i, _ in batches(n, batch, 0, total, 0))
+        steps = (take(rows[i]) for i in batches(n, batch, 0, total, 0))
         return train_heads(steps, total, dim, classes, rates, batch, device)
 
     norm, weight, bias = fit(kept, RATES)

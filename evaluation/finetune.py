@@ -31,13 +31,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval_knn import open_encoder, open_labelled, report, shared_features
-from linear import WITH_LABELS, Classifier, accuracies, sample_crops, save_classifier, share_of_labels, stages_of
+from linear import WITH_LABELS, Classifier, accuracies, save_classifier, share_of_labels, stages_of
 
 # isort: off
 from vit import InputError, ViT  # 1 network
-from vit import crop_resize  # 2 views
-from vit import autocast, cosine, distribute, mean_over_processes, optimizer_step, processes, shard  # 3 training step
-from vit import unwrap
+from vit import crop_resize, sample_boxes  # 2 views
+from vit import autocast, cosine, distribute, mean_over_processes, optimizer_step, processes, seeded  # 3 training step
+from vit import shard, unwrap
 from vit import batches, mean_and_std  # 4 images
 from vit import COUNT, SHARE, Log, cli, describe, launch, options, resume, save, steps  # 7 runs
 
@@ -49,6 +49,7 @@ OPTIONS = WITH_LABELS | dict(
     lr=(1e-3, "learning rate for batch 256; scaled with the batch"),
     layer_decay=(None, "each block's rate over the next one's (0.75; from scratch 1)", dict(type=float)),
     drop_path=(0.1, "stochastic depth", SHARE),
+    crop_scale=((0.35, 1.0), "area of the crops, share of the image"),
     mixup=(0.8, "alpha of the Beta distribution of weights; 0 turns mixup off"),
     smoothing=(0.1, "of labels, the share spread over all classes", SHARE),
     weight_decay=(0.05, "of weight matrices only"),
@@ -57,11 +58,13 @@ OPTIONS = WITH_LABELS | dict(
 
 def sample_mixes(args, step, side):
     """All random numbers of a step, for the whole batch: a crop, a flip, and mixup's weight, at least one half."""
+    g = seeded(args.seed, step)
+    box, flip = sample_boxes((args.batch, 1), side, args.crop_scale, g), torch.rand((args.batch, 1), generator=g) < 0.5
     weight = torch.ones(args.batch, dtype=torch.float64)
     if args.mixup:  # by numpy, as torch's Beta takes no generator
         weight = torch.from_numpy(np.random.default_rng([args.seed, step]).beta(args.mixup, args.mixup, args.batch))
     weight = torch.maximum(weight, 1 - weight).float()  # an image weighs at least as much as its neighbour
-    return sample_crops(args, step, side) | dict(weight=weight)
+    return dict(box=box, flip=flip, weight=weight)
 
 
 def macs(config, img_size, ratio=0.0, classes=0):
@@ -146,8 +149,8 @@ def finetune(args, vit, train, test, config, device):
     model = distribute(net.train())
 
     labels, peak, warmup = train.labels.to(device), args.lr * batch / 256, min(5, args.epochs / 10) * per_epoch
-    keys = batches(len(train), batch, first, total, args.seed)  # the images that steps() gives, here for their labels
-    for (step, imgs, leaving), (index, _) in zip(steps(train, args, log, device), keys, strict=True):
+    indices = batches(len(train), batch, first, total, args.seed)  # of the images that steps() gives, for their labels
+    for (step, imgs, leaving), index in zip(steps(train, args, log, device), indices, strict=True):
         lr = cosine(step, total, peak, 1e-6, warmup)
         draws = shard(sample_mixes(args, step, train.side), device)
         y = labels[torch.as_tensor(index).to(device, non_blocking=True)]

@@ -15,8 +15,8 @@ features of the untrained network, and with raw pixels, which a trained encoder 
 A classifier is applied to another data set by the names of its classes. Predictions are limited to the classes that the
 new data set has, as is usual for ImageNet-A and -R.
 
-Differs from the authors' code (MAE's): SGD with momentum instead of LARS, no warm-up, no crops and flips unless with
---augment.
+Differs from the authors' code (MAE's): SGD with momentum instead of LARS, no warm-up, no crops and flips, so that
+features are computed once.
 """
 
 import sys
@@ -29,13 +29,12 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_knn import EVALUATION, gather, open_encoder, open_labelled, report, shared_features
+from eval_knn import EVALUATION, open_encoder, open_labelled, report, shared_features
 
 # isort: off
 from vit import InputError, ViT, drop_path, gather_tokens, pooled  # 1 network
-from vit import crop_resize, sample_boxes  # 2 views
-from vit import autocast, cosine, processes, seeded, shard  # 3 training step
-from vit import batches, mean_and_std, reading, stream  # 4 images
+from vit import cosine, processes  # 3 training step
+from vit import batches, reading  # 4 images
 from vit import pixels  # 5 evaluation
 from vit import load_checkpoint, save_checkpoint  # 6 checkpoints
 from vit import COUNT, SHARE, cli, launch, options  # 7 runs
@@ -44,14 +43,12 @@ RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 WITH_LABELS = EVALUATION | dict(
     feature=(None, "what the linear layer sees (as the method's authors)", dict(choices=("cls", "mean", "both"))),
     labels=(1.0, "share of the training images that is used, evenly by class", SHARE),
-    crop_scale=((0.35, 1.0), "area of the crops, share of the image"),
 )
 OPTIONS = WITH_LABELS | dict(
     out=(None, "folder for classifier.pt (none)"),
     epochs=(90, "length of the training", COUNT),
     seeds=(1, "so many seeds from --seed on, each with labels of its own; mean and standard deviation", COUNT),
     layers=(1, "the features of so many last blocks, side by side", COUNT),
-    augment=(False, "new crops and flips in each epoch; features are not kept: slower"),
     rates=(RATES, "learning rates tried, for batch 256", dict(nargs="+")),
     baselines=(True, "also measure raw pixels and the untrained network"),
 )
@@ -71,13 +68,6 @@ def share_of_labels(labels, share, seed=0):
         chosen = torch.cat([m[: max(1, round(share * len(m)))] for m in members])
         order = chosen[torch.randperm(len(chosen), generator=g)]
     return order.tolist()
-
-
-def sample_crops(args, step, side):
-    """A random crop and flip of each image of the whole batch."""
-    g = seeded(args.seed, step)
-    box = sample_boxes((args.batch, 1), side, args.crop_scale, g)
-    return dict(box=box, flip=torch.rand((args.batch, 1), generator=g) < 0.5)
 
 
 # classifier ----------------------------------------------------------------------------------------------------------
@@ -189,44 +179,31 @@ def train_heads(pairs, total, width, classes, rates, batch, device):
 def probe(args, encode, train, test, config, device):
     """One draw of labels: a dict, and what was trained. The rate is chosen on the last tenth of the training images.
 
-    encode: network input (B, C, h, w) -> vectors (B, D).
+    encode: network input (B, C, h, w) -> vectors (B, D). All processes encode, and then train the same heads.
     """
-    rank, world = processes()
     classes, how = len(train.classes), (config, device, args.precision, args.batch, args.workers)
-    y, test_x = train.labels.to(device), shared_features(encode, test, *how)
-    x = None if args.augment else shared_features(encode, train, *how)
+    test_x, test_y = shared_features(encode, test, *how), test.labels.to(device)
+    x, y = shared_features(encode, train, *how), train.labels.to(device)
 
-    def pairs(n, batch, total):  # features and labels of the batches of a run over the first n images
-        if not args.augment:
-            yield from ((x[i], y[i]) for i, _ in batches(n, batch, 0, total, args.seed, whole=True))
-            return
-        keys, small = list(batches(n, batch, 0, total, args.seed)), SimpleNamespace(**vars(args) | dict(batch=batch))
-        mean, std = mean_and_std(config, device)
-        for step, ((index, _), imgs) in enumerate(zip(keys, stream(train, keys, device, args.workers), strict=True)):
-            draws = shard(sample_crops(small, step, train.side), device)
-            with torch.no_grad(), autocast(device, args.precision):
-                crops = crop_resize(imgs.float() / 255, draws["box"], draws["flip"], config["img_size"][0])
-                found = encode((crops - mean) / std).float()
-            yield torch.cat(gather(found)), torch.cat(gather(y[index]))
-
-    def fit(n, rates):
-        batch = min(args.batch, n) // world * world
+    def fit(n, rates):  # on the first n images
+        batch = min(args.batch, n)
         if batch < 2:
             raise InputError(f"{n} training images, --batch {args.batch}: BatchNorm needs two in a batch")
         total = args.epochs * (n // batch)
-        return train_heads(pairs(n, batch, total), total, test_x.shape[1], classes, rates, batch, device)
+        pairs = ((x[i], y[i]) for i in batches(n, batch, 0, total, args.seed, whole=True))
+        return train_heads(pairs, total, x.shape[1], classes, rates, batch, device)
 
     tried, n = {}, len(train)
     kept = n - max(n // 10, min(classes, n // 2))  # held out: a tenth, but as many as classes, and at most half
     if 1 < kept < n and len(args.rates) > 1:
-        held = shared_features(encode, train.pick(range(kept, n)), *how) if x is None else x[kept:]
         norm, weight, bias = fit(kept, args.rates)
-        tried = dict(zip(args.rates, accuracies(norm(held) @ weight + bias, y[kept:]), strict=True))
+        found = accuracies(norm(x[kept:]) @ weight + bias, y[kept:])
+        tried = dict(zip(args.rates, found, strict=True))
     rate = max(tried, key=tried.get) if tried else args.rates[len(args.rates) // 2]
-    if rank == 0 and tried and rate in (args.rates[0], args.rates[-1]):
+    if processes()[0] == 0 and tried and rate in (args.rates[0], args.rates[-1]):
         print(f"warning: the best of the --rates, {rate:g}, is the first or the last: try a wider range")
     norm, weight, bias = fit(n, [rate])
-    linear = round(accuracies(norm(test_x) @ weight + bias, test.labels.to(device))[0], 2)
+    linear = round(accuracies(norm(test_x) @ weight + bias, test_y)[0], 2)
     result = dict(linear=linear, rate=rate, train=n, tried={f"{k:g}": round(v, 2) for k, v in tried.items()})
     return result, (norm, weight, bias)
 
@@ -261,21 +238,12 @@ def probe_seeds(args, vit, train, test, config, device):
     return result
 
 
-def check(args):
-    """Refuses options that make no sense, or not together."""
-    if args.labels == 0:
-        raise InputError("--labels must be above 0")
-    if args.crop_scale != OPTIONS["crop_scale"][0] and not args.augment:
-        raise InputError("--crop-scale: for --augment only")
-    if min(args.rates) <= 0 or not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
-        raise InputError("--rates must be above 0, --crop-scale two shares of the image, the smaller one first")
-    args.rates, args.crop_scale = sorted(args.rates), list(args.crop_scale)
-
-
 @cli
 def main(argv=None):
     args = options(__doc__, OPTIONS, argv)
-    check(args)
+    args.rates = sorted(args.rates)
+    if args.labels == 0 or args.rates[0] <= 0:
+        raise InputError("--labels and --rates must be above 0")
     device = launch(args)
     vit, config = open_encoder(args)
     if "classes" in config:  # save_classifier wrote it

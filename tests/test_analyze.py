@@ -201,7 +201,7 @@ def test_features_of_each_depth_and_of_a_feature_twice_as_wide(npz):
     for feature in ("mean", "both"):
         net, config = encoder(feature=feature)
         found = analyze.features_by_depth(net, images, config, args, torch.device("cpu"))
-        x = vit.prepare(torch.stack([images[i, 0.5] for i in range(24)]), config)
+        x = vit.prepare(torch.stack([images[i] for i in range(24)]), config)
         for ours, tokens in zip(found, net.layers(x), strict=False):
             close(ours, tokens[:, 1:].mean(dim=1))
         close(found[-1], net.encode(x, feature))

@@ -142,14 +142,13 @@ def test_exif_rotation():
 def test_odd_sizes(size):
     x = vit.decode(save("x.png", Image.new("RGB", size, (9, 99, 199))), 16)
     assert min(x.shape[1:]) == 16 and max(x.shape[1:]) <= 65
-    assert vit.square(x, 1.0).shape == (3, 16, 16)
+    assert vit.square(x).shape == (3, 16, 16)
     assert (x[:, 0, 0].float() - torch.tensor([9.0, 99, 199])).abs().max() <= 1
 
 
-def test_squares_slide_along_the_long_side():
+def test_squares_are_cut_from_the_middle():
     x = torch.arange(10).expand(3, 4, 10)
-    assert [vit.square(x, u)[0, 0, 0].item() for u in (0.0, 0.5, 1.0)] == [0, 3, 6]
-    assert vit.square(x.transpose(1, 2), 0.99).shape == (3, 4, 4)
+    assert vit.square(x)[0, 0, 0] == 3 and vit.square(x.transpose(1, 2)).shape == (3, 4, 4)
 
 
 def test_animation_and_wrong_suffix_are_read_and_other_files_left_alone():
@@ -160,7 +159,7 @@ def test_animation_and_wrong_suffix_are_read_and_other_files_left_alone():
     Path("notes.txt").write_text("not an image")
     Path(".hidden.png").write_bytes(b"")
     images = load(".", side=8)
-    assert len(images) == 2 and images[0, 0.5][:, 4, 4].tolist() == [255, 0, 0]
+    assert len(images) == 2 and images[0][:, 4, 4].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text", "bomb", "header"])
@@ -204,8 +203,8 @@ def test_rows_are_those_of_the_files_that_were_read(monkeypatch):
 
 def test_sets_of_a_user_s_own_are_read_one_by_one(monkeypatch):
     images = vit.Images(Mine(12), range(12), side=10)
-    assert images[3, 0.5].shape == (3, 10, 10) and images.at(10).items.shape == (12, 3, 10, 10)
-    assert images.subset(3)[2, 0.5][0, 0, 0] == 11 and images.files is None
+    assert images[3].shape == (3, 10, 10) and images.at(10).items.shape == (12, 3, 10, 10)
+    assert images.subset(3)[2][0, 0, 0] == 11 and images.files is None
     monkeypatch.setattr(vit, "IN_MEMORY", 0)
     (batch,) = vit.stream(images.at(10), vit.in_order(images, 12), workers=2)  # by processes, as files are
     assert batch[:, 0, 0, 0].tolist() == list(range(12))
@@ -586,7 +585,7 @@ def test_odd_arrays(found):
             images = load("odd.npz", split, side)
         except vit.InputError:
             continue
-        assert images[0, 0.5].shape == (images.channels, images.side, images.side)
+        assert images[0].shape == (images.channels, images.side, images.side)
         assert images.labels is None or images.labels.shape == (len(images),)
 
 

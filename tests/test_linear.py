@@ -129,8 +129,8 @@ def test_few_labels_are_drawn_anew_for_each_seed(run):
     assert all_of["linear_sd"] == pytest.approx(np.std(all_of["linear_each"], ddof=1), abs=0.01)
 
 
-def test_probe_of_several_layers_with_augmentation(run):
-    more = linear.main([*run, "--epochs", "2", "--feature", "both", "--layers", "2", "--augment"])
+def test_probe_of_several_layers(run):
+    more = linear.main([*run, "--epochs", "2", "--feature", "both", "--layers", "2"])
     assert more["results"]["feature"] == "both" and more["args"]["layers"] == 2 and more["results"]["train"] == 64
 
 
@@ -223,8 +223,7 @@ def test_dropping_tokens_costs_less(run):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script,options",
-    [("eval_knn", ""), ("evaluation/linear", "--epochs 3"), ("evaluation/linear", "--epochs 2 --augment")]
-    + [("evaluation/finetune", "--epochs 2 --drop-path 0")],
+    [("eval_knn", ""), ("evaluation/linear", "--epochs 3"), ("evaluation/finetune", "--epochs 2 --drop-path 0")],
 )
 def test_two_processes_give_the_same(run, script, options):
     """k-NN, linear probes and fine-tuning, up to one of 24 test images, where rounding decides."""

@@ -126,9 +126,9 @@ def test_draws_do_not_depend_on_who_asks(monkeypatch):
     for k, v in whole.items():
         assert torch.equal(torch.cat([first[k], second[k]]), v)
     batches = [list(vit.batches(20, 8, 0, 5, 3)) for world in (1, 2) for _ in as_rank(monkeypatch, world)]
-    assert [a[0] + b[0] for a, b in zip(batches[1], batches[2], strict=True)] == [x[0] for x in batches[0]]
+    assert [a + b for a, b in zip(batches[1], batches[2], strict=True)] == batches[0]
     assert list(vit.batches(20, 8, 0, 5, 3, whole=True)) == batches[0]
     monkeypatch.undo()
     assert list(vit.batches(20, 8, 3, 5, 3)) == batches[0][3:]  # a restart in the middle of an epoch
-    assert len({*batches[0][0][0], *batches[0][1][0]}) == 16  # an epoch repeats no image
-    assert batches[0][2][0] != batches[0][0][0]  # the next one has another order
+    assert len({*batches[0][0], *batches[0][1]}) == 16  # an epoch repeats no image
+    assert batches[0][2] != batches[0][0]  # the next one has another order
