@@ -131,7 +131,7 @@ class TokenBatchNorm(nn.Module):
 NORMS = dict(batch=TokenBatchNorm, layer=functools.partial(nn.LayerNorm, eps=1e-6))
 
 
-def stack(args, depth):
+def blocks(args, depth):
     norm = NORMS[args.norm]
     return nn.Sequential(*(Block(args.decoder_dim, args.decoder_heads, norm=norm) for _ in range(depth)))
 
@@ -143,7 +143,7 @@ class Tower(nn.Module):
         super().__init__()
         self.vit = backbone(**shape, pos="sincos", norm=False, drop_path=drop_rate)
         self.embed = nn.Linear(self.vit.dim, args.decoder_dim)
-        self.projector = stack(args, args.projector_depth)
+        self.projector = blocks(args, args.projector_depth)
 
     def forward(self, imgs, visible=None):
         """(B, C, h, w), visible (B, n) or all -> (B, 1+n, decoder_dim)."""
@@ -167,7 +167,7 @@ class SiameseIM(nn.Module):
         self.decoder_pos_embed = nn.Parameter(sincos_grid(self.grid, dim), requires_grad=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.position = nn.Linear(2 * dim, dim)
-        self.decoder = stack(args, args.decoder_depth)
+        self.decoder = blocks(args, args.decoder_depth)
         self.pred = nn.Linear(dim, dim)
         parts = [self.online.embed, self.online.projector, self.position, self.decoder, self.pred]
         for m in nn.ModuleList(parts).modules():
@@ -195,12 +195,12 @@ class SiameseIM(nn.Module):
         z = self.target(imgs)[:, 1:].float()
         return F.layer_norm(z, z.shape[-1:])
 
-    def forward(self, imgs, visible, box, flip, side):
+    def forward(self, imgs, visible, box, flip):
         """Predicts every patch of view b, (B, N, decoder_dim), from the visible ones (B, n) of view a."""
         pos = self.decoder_pos_embed.expand(len(imgs), -1, -1)
-        place = F.pad(visible + 1, (1, 0))  # (B, 1+n): CLS is position 0
-        x = self.online(imgs, visible) + gather_tokens(pos, place)
-        place = relative_positions(box, flip, side, self.grid, pos.shape[-1])  # (B, N, 2 decoder_dim)
+        index = F.pad(visible + 1, (1, 0))  # (B, 1+n): CLS is position 0
+        x = self.online(imgs, visible) + gather_tokens(pos, index)
+        place = relative_positions(box, flip, self.grid, pos.shape[-1])  # (B, N, 2 decoder_dim)
         wanted = self.mask_token + self.position(place)
         x = self.decoder(torch.cat([wanted, x], dim=1))
         return self.pred(x[:, : wanted.shape[1]])
@@ -244,7 +244,7 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
     for a, d, z in in_turn(model, parts):
         with autocast(a.device, args.precision):
             visible = visible_patches(d, net.grid, args.mask_ratio)
-            y = model(a, visible, d["box"], d["flip"], imgs.shape[-1])
+            y = model(a, visible, d["box"], d["flip"])
         loss, uniformity = loss_fn(y.float(), z, c, net.neg_weight)
         scaler.scale(loss / args.accumulate).backward()
         sums += torch.stack([loss.detach(), uniformity, token_std(z)]) / args.accumulate
@@ -333,34 +333,34 @@ def block_order(draws, grid, ratio):
     return order.flatten(1)
 
 
-def places(box, flip, side, grid):
+def places(box, flip, grid):
     """Locates the patches of view b on the patch grid of view a: rows, columns, and 10 ln of how many times taller and
     wider they are (as in the authors' code). Four (B, N).
 
-    box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). side: of the images, px, or (B,). With
-    G patches to a side, patch m of b, whose crop starts at y2 and is h2 high, has its centre on a's grid at
-    (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2; columns likewise, mirrored where one view is flipped and the other is not.
+    box (B, 2, 4): y, x, height, width of a and b in the image, px. flip (B, 2). Row 0 is the centre of a's first row of
+    patches. Without flips, with G patches to a side, row m of b, whose crop starts at y2 and is h2 high, lies at
+    (h2/h1)(m + 1/2) + G (y2 - y1)/h1 - 1/2.
     """
-    y, x, h, w = (t[..., None] for t in box.unbind(-1))  # (B, 2, 1)
-    side = side.view(-1, 1) if torch.is_tensor(side) else box.new_full((1, 1), side)
-    x = torch.where(flip[..., None], side[..., None] - x - w, x)  # flipped views: from the right edge
-    y1, y2 = y.unbind(1)  # (B, 1)
-    x1, x2 = x.unbind(1)
-    taller, wider = h[:, 1] / h[:, 0], w[:, 1] / w[:, 0]
-    patch_height, patch_width = h[:, 0] / grid[0], w[:, 0] / grid[1]  # of a's patches in the image, px
-    m, n = (torch.arange(g, device=box.device) + 0.5 for g in grid)
-    rows = taller * m + (y2 - y1) / patch_height - 0.5
-    alike = wider * n + (x2 - x1) / patch_width
-    mirrored = (side - x1 - x2) / patch_width - wider * n
-    columns = torch.where(flip[:, :1] == flip[:, 1:], alike, mirrored) - 0.5
-    rows = rows[:, :, None].expand(-1, *grid).flatten(1)
-    columns = columns[:, None].expand(-1, *grid).flatten(1)
-    return rows, columns, (10 * taller.log()).expand_as(rows), (10 * wider.log()).expand_as(rows)
+    y, x, h, w = box.unbind(-1)  # (B, 2)
+    rows = centers(y, h, torch.zeros_like(flip), grid[0])[:, :, None]
+    columns = centers(x, w, flip, grid[1])[:, None]
+    taller, wider = (10 * (length[:, 1] / length[:, 0]).log()[:, None] for length in (h, w))
+    rows, columns, taller, wider = torch.broadcast_tensors(rows, columns, taller[..., None], wider[..., None])
+    return rows.flatten(1), columns.flatten(1), taller.flatten(1), wider.flatten(1)
 
 
-def relative_positions(box, flip, side, grid, dim):
+def centers(start, length, flip, n):
+    """The centres of b's n patches on a's grid, along one axis: (B, n). start, length, flip: (B, 2), of a and b."""
+    (start_a, start_b), (length_a, length_b), (flip_a, flip_b) = (t.T[..., None] for t in (start, length, flip))
+    share = (torch.arange(n, device=start.device) + 0.5) / n  # of view b
+    image = start_b + length_b * torch.where(flip_b, 1 - share, share)  # px
+    share = (image - start_a) / length_a  # of view a
+    return n * torch.where(flip_a, 1 - share, share) - 0.5
+
+
+def relative_positions(box, flip, grid, dim):
     """The sine-cosine embedding of `places`, (B, N, 2 dim): rows, columns, then the two scales."""
-    rows, columns, taller, wider = places(box, flip, side, grid)
+    rows, columns, taller, wider = places(box, flip, grid)
     place, scale = sincos(columns, rows, dim), sincos(wider, taller, dim)  # sincos puts its second argument first
     return torch.cat([place, scale], dim=-1)
 
@@ -391,16 +391,16 @@ def draw_pairs(net, imgs, draws, args, file):
     """For each of imgs, uint8 (B, C, S, S): both boxes (a red, b blue), view a, what is visible of it, view b, and how
     well each position of b is predicted: cosine of prediction and target, black 0 or less, white 1.
     """
-    imgs, side, size = imgs[: len(draws["box"])], imgs.shape[-1], args.img_size
+    imgs, size = imgs[: len(draws["box"])], args.img_size
     d = {k: v[: len(imgs)].to(imgs.device) for k, v in draws.items()}
     a, b = augment(imgs, d, size, size / 224, net.mean, net.std).chunk(2)
     index = visible_patches(d, net.grid, args.mask_ratio)
-    pred = net(a, index, d["box"], d["flip"], side).float()
+    pred = net(a, index, d["box"], d["flip"]).float()
     like = F.cosine_similarity(pred, net.targets(b), dim=-1).unflatten(1, (1, *net.grid))
     visible = torch.zeros_like(d["noise"]).scatter(1, index, 1.0).unflatten(1, (1, *net.grid))
     zoom = lambda x: F.interpolate(x, size=(size, size))
     a, b = a * net.std + net.mean, b * net.std + net.mean
-    y, x, height, width = (d["box"].cpu() / side * size).unbind(-1)
+    y, x, height, width = (d["box"].cpu() / imgs.shape[-1] * size).unbind(-1)
     edges = torch.stack([x, y, x + width, y + height], dim=-1).clamp(0, size - 1)
     rgb = imgs if imgs.shape[1] == 3 else imgs[:, :1].expand(-1, 3, -1, -1)
     rgb = zoom(rgb.float() / 255).cpu()

@@ -175,11 +175,11 @@ def siameseim_net(z):
 
 
 def siameseim_boxes(z):
-    """Boxes and image widths that have the file's offsets: view a is the unit square at the origin."""
+    """Boxes and flips that have the file's offsets: view a is the unit square at the origin."""
     one, width = torch.ones(4), z["flip_delta_j"] + z["delta_j"]
     x2 = torch.where(z["relative_flip"], width - z["delta_j"] - z["delta_w"], z["delta_j"])
     box = [torch.stack([0 * one, 0 * one, one, one], 1), torch.stack([z["delta_i"], x2, z["delta_h"], z["delta_w"]], 1)]
-    return torch.stack(box, dim=1), torch.stack([z["relative_flip"] & False, z["relative_flip"]], dim=1), width
+    return torch.stack(box, dim=1), torch.stack([z["relative_flip"] & False, z["relative_flip"]], dim=1)
 
 
 def test_siameseim_relative_positions():
@@ -205,8 +205,7 @@ def test_siameseim_step():
     close(net.target.vit.blocks[0].attn.qkv.weight.data, z["mm_qkv0_after"], atol=1e-6)
     target = net.targets(z["x2"])
     visible = z["mask"].argsort(dim=1, stable=True)[:, : int((z["mask"][0] == 0).sum())]
-    box, flip, side = siameseim_boxes(z)
-    pred = net(z["x1"], visible, box, flip, side)
+    pred = net(z["x1"], visible, *siameseim_boxes(z))
     loss, _ = siameseim.siameseim_loss(pred, target, siameseim.correlation(target), float(z["neg_weight"]))
     close(loss, z["loss"])
     loss.backward()

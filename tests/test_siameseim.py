@@ -42,7 +42,7 @@ def test_positions_agree_with_the_crops():
     image = torch.stack([ramp[:, None].expand(64, 64), ramp.expand(64, 64)]).expand(20, -1, -1, -1)
     views = vit.crop_resize(image, box, flip, 96).unflatten(0, (2, 20))
     a, b = (v.unflatten(2, (8, 12)).unflatten(4, (12, 8)).mean((3, 5)) for v in views)  # means of 8 x 12 patches
-    rows, columns, *_ = siameseim.places(box, flip, 64, (8, 12))
+    rows, columns, *_ = siameseim.places(box, flip, (8, 12))
     for coordinate, place in ((0, rows.view(-1, 8, 12)[:, :, 0]), (1, columns.view(-1, 8, 12)[:, 0])):
         line = lambda v, c=coordinate: v[:, c].mean(dim=2 - c)  # along rows, or along columns
         start, step = line(a)[:, 2:3], (line(a)[:, 5:6] - line(a)[:, 2:3]) / 3
@@ -77,7 +77,7 @@ def test_what_learns_and_what_does_not(npz):
     close(z.mean(-1), torch.zeros(4, 16))
     close(z.var(-1, correction=0), torch.ones(4, 16), rtol=0, atol=1e-3)
     visible = siameseim.visible_patches(draws, net.grid, 0.6)
-    pred = net(x, visible, draws["box"], draws["flip"], 16)
+    pred = net(x, visible, draws["box"], draws["flip"])
     assert pred.shape == z.shape and visible.shape == (4, 16 - round(0.6 * 16))
     siameseim.siameseim_loss(pred, z, siameseim.correlation(z))[0].backward()
     assert all(p.grad is None for p in net.target.parameters())

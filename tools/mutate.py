@@ -64,7 +64,7 @@ CHANGES = {  # file -> (what stands there, what it becomes)
         ("(pred - target).square().mean() + weight * uniformity", "(pred - target).square().mean()"),
         ("return F.layer_norm(z, z.shape[-1:])", "return z"),
         ("flip[:, :1] == flip[:, 1:]", "flip[:, :1] == flip[:, :1]"),
-        ("(10 * taller.log())", "(-10 * taller.log())"),
+        ("(10 * (length", "(-10 * (length"),
         ("patch_embed.requires_grad_(args.train_patch_embed)", "patch_embed.requires_grad_(True)"),
         ("F.pad(visible + 1, (1, 0))", "F.pad(visible, (1, 0))"),
         ("schedule.weight_decay, args.clip)", "schedule.weight_decay, args.clip, per_parameter=True)"),
