@@ -172,42 +172,75 @@ def mean_iou(both, either):
     return (iou * seen).sum(-1) / seen.sum(-1).clamp(min=1)
 
 
+def class_overlaps(predicted, masks, classes):
+    """Intersection and union of each class in each image: two (n, classes). predicted (n, h, w), masks (n, S, S)."""
+    c, parts = torch.arange(classes).view(1, -1, 1, 1), []
+    for p, m in zip(predicted[:, None].split(20), masks[:, None].split(20), strict=True):
+        p = F.interpolate(p.float(), size=m.shape[-2:])
+        parts.append(overlaps(p == c, m == c, m != 255))
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
 def linear_features(vit, train, y, test, masks, classes, device):
     """Mean IoU of a linear layer on the patch tokens of one depth: of each test image (n,), of all images (float).
 
     train, test (n, 1+N, D): tokens. y (n·N,): labels of the training patches. masks (n, S, S): of the test images.
     """
-    _, tokens, dim = train.shape
-    rows = (y != 255).nonzero()[:, 0]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    rows = rows[order.to(device)]
-    if len(rows) < 10:
-        raise InputError(f"{len(rows)} patches of the training masks are not 255: too few to train on")
-    kept = len(rows) - len(rows) // 10
+    tokens, dim = train.shape[1:]
+    labelled = (y != 255).nonzero()[:, 0]
+    n = len(labelled)
+    if n < 10:
+        raise InputError(f"{n} patches of the training masks are not 255: too few to train on")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    labelled = labelled[order.to(device)]
+    kept = n - n // 10
 
     def take(rows):  # normed tokens and labels of some patches: copying all at once would double the memory
         place = rows + rows // (tokens - 1) + 1  # each image has a CLS token before its patches
         return vit.norm(train.view(-1, dim)[place]).float(), y[rows]
 
-    def fit(n, rates):
+    def fit(n, rates):  # on the first n labelled patches
         batch = min(1024, n)
         total = max(200, 5 * (n // batch))
-        steps = (take(rows[i]) for i in batches(n, batch, 0, total, 0))
-        return train_heads(steps, total, dim, classes, rates, batch, device)
+        pairs = (take(labelled[i]) for i in batches(n, batch, 0, total, 0))
+        return train_heads(pairs, total, dim, classes, rates, batch, device)
 
     norm, weight, bias = fit(kept, RATES)
-    held, labels = take(rows[kept:])
-    tried = accuracies(norm(held) @ weight + bias, labels)
-    norm, weight, bias = fit(len(rows), [RATES[tried.index(max(tried))]])
-    logits = lambda x: (norm(vit.norm(x[1:]).float()) @ weight + bias)[0]  # (1+N, D) -> (N, classes)
-    found = torch.stack([logits(x).argmax(dim=-1).cpu() for x in test])
-    found = found.view(-1, 1, *vit.grid).float()
-    c, parts = torch.arange(classes).view(1, -1, 1, 1), []
-    for f, m in zip(found.split(20), masks[:, None].split(20), strict=True):
-        f = F.interpolate(f, size=m.shape[-2:])
-        parts.append(overlaps(f == c, m == c, m != 255))  # two (20, classes)
-    both, either = (torch.cat(part) for part in zip(*parts, strict=True))
+    x, wanted = take(labelled[kept:])
+    tried = accuracies(norm(x) @ weight + bias, wanted)
+    best = RATES[tried.index(max(tried))]
+
+    norm, weight, bias = fit(n, [best])
+    predicted = []
+    for x in test:
+        logits = norm(vit.norm(x[1:]).float()) @ weight[0] + bias[0]  # (N, classes)
+        predicted.append(logits.argmax(dim=-1).cpu().view(vit.grid))
+    both, either = class_overlaps(torch.stack(predicted), masks, classes)
     return mean_iou(both, either), mean_iou(both.sum(0), either.sum(0)).item()
+
+
+def percent(x):
+    return round(100 * float(x), 2)
+
+
+def standard_error(x):
+    """Of the mean of x (n,), in percent."""
+    return percent(x.std() / len(x) ** 0.5) if len(x) > 1 else 0.0
+
+
+def measure(net, train, test, labels, classes, config, args, device):
+    """All numbers of one network, as a dict. labels: of the training patches."""
+    pairs = [test] if args.test else [train, test]
+    jaccard = torch.cat([from_attention(net, *pair, config, args.mass, device) for pair in pairs])
+    found = dict(jaccard=percent(jaccard.mean()), jaccard_error=standard_error(jaccard), jaccard_images=len(jaccard))
+    by_image, of_all = [], []
+    blocks = zip(by_block(net, train[0], config, device), by_block(net, test[0], config, device), strict=True)
+    for tokens, test_tokens in blocks:
+        ious, miou = linear_features(net, tokens, labels, test_tokens, test[1], classes, device)
+        by_image.append(percent(ious.mean()))
+        of_all.append(percent(miou))
+    found |= dict(dense_by_block=by_image, miou_by_block=of_all, dense=by_image[-1], miou=of_all[-1])
+    return found | dict(error=standard_error(ious))
 
 
 @cli
@@ -225,24 +258,13 @@ def main(argv=None):
     labels = labels.flatten().to(device)
     torch.manual_seed(args.seed)
     nets = dict(untrained=ViT(**vit.config).to(device).eval(), trained=vit.to(device))
-    error = lambda v: round(100 * (v.std() / len(v) ** 0.5).item(), 2) if len(v) > 1 else 0.0
-    percent = lambda v: round(100 * float(v), 2)
     results = dict(classes=classes, train=len(train[0]), test=len(test[0]))
     for name, net in nets.items():
-        net.requires_grad_(False)
-        pairs = [test] if args.test else [train, test]
-        seen = torch.cat([from_attention(net, *pair, config, args.mass, device) for pair in pairs])
-        tokens = zip(*(by_block(net, imgs, config, device) for imgs, _ in (train, test)), strict=True)
-        depths = [linear_features(net, a, labels, b, test[1], classes, device) for a, b in tokens]
-        found = dict(jaccard=percent(seen.mean()), jaccard_error=error(seen), jaccard_images=len(seen))
-        found["dense_by_block"] = [percent(v.mean()) for v, _ in depths]
-        found["miou_by_block"] = [percent(m) for _, m in depths]
-        found |= {k: found[f"{k}_by_block"][-1] for k in ("dense", "miou")}
-        found["error"] = error(depths[-1][0])
-        print(f"{name:9}  attention, Jaccard of the best head {found['jaccard']:5.2f} ± {error(seen):.2f} %")
-        for key in ("dense", "miou"):
+        found = measure(net.requires_grad_(False), train, test, labels, classes, config, args, device)
+        print(f"{name:9}  attention, Jaccard of the best head {found['jaccard']:5.2f} ± {found['jaccard_error']:.2f} %")
+        for key, what in dict(dense="by image", miou="of all").items():
             numbers = " ".join(f"{v:5.2f}" for v in found[f"{key}_by_block"])
-            print(f"{'':9}  linear, mean IoU {'by image' if key == 'dense' else 'of all'}, by block: {numbers} %")
+            print(f"{'':9}  linear, mean IoU {what}, by block: {numbers} %")
         results |= {k if name == "trained" else f"untrained_{k}": v for k, v in found.items()}
     return report("dense", args, config, results)
 
