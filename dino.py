@@ -18,8 +18,9 @@ becoming uniform.
 Symbols of the paper: g_s = net.student, g_t = net.teacher, c = net.center, m = --center-momentum, lambda (l in
 Algorithm 1) = schedule.momentum, which begins at --momentum, K = --prototypes, tau_t = schedule.teacher_temp, tau_s =
 student_temp in dino_loss. Read sections 1 to 3 of vit.py too. Change dino_loss for another loss, sample_views and
-augment for another augmentation. main(backbone=...) takes another network, a subclass of ViT that changes `cls`,
-`embed` or its blocks; main(images=(train, test)) another data set, two vit.Images. How a run resumes: see vit.resume.
+augment for another augmentation; then give another --out, as a run that is found there resumes (vit.resume says how).
+main(backbone=...) takes another network, a subclass of ViT that changes `cls`, `embed` or its blocks;
+main(images=(train, test)) another data set, two vit.Images.
 
 Differs from the authors' code:
 - Augmentation runs on the device for the whole batch: colour operations in a fixed order (theirs: drawn for each
@@ -29,7 +30,8 @@ Differs from the authors' code:
 - Position embeddings are interpolated to the exact size (see vit.py). Mean and std are those of the data set.
 - A gradient that is not finite skips the step (theirs: a loss that is not finite ends the run).
 - --batch counts all processes and micro-batches. Precision is bf16 where the hardware has it (theirs: fp16).
-- The teacher's temperature rises step by step (theirs: epoch by epoch).
+- The teacher's temperature rises step by step (theirs: epoch by epoch). The preset 224 is their code's default run;
+  the paper's has --teacher-temp .04 .07 --batch 1024.
 """
 
 import math
@@ -64,11 +66,11 @@ ABLATIONS = {  # name -> the options that it sets
     "infonce": {},
 }
 # name=(default, help[, arguments for argparse]); by_preset(demo, cpu, 32 px, 96 px, 224 px):
-# missing values repeat the last one; None and "..." are computed in vit.settle
+# missing values repeat the last one; None and "..." are computed in vit.settle, --local-size in check
 OPTIONS = COMMON | dict(
     size=(by_preset("nano", "nano", "tiny", "small"), "width, depth and heads", dict(choices=SIZES)),
     patch=(by_preset(4, "1/4 of the image", 4, 8, 16), "patch size, px", COUNT),
-    img_size=(by_preset(32, None, None, 96, 224), "side of the network's input, px", COUNT),
+    img_size=(by_preset(32, None, None, 96, 224), "input side, px (the images' own; cpu: at most 48)", COUNT),
     epochs=(by_preset(6, "180000 images", 100), "length of the run; the schedules follow it", COUNT),
     batch=(by_preset(64, 64, 256, 256, 512), "images in an optimiser step, of all processes", COUNT),
     lr=(by_preset(2e-3, 4e-3, 1e-3, 5e-4), "learning rate for batch 256; scaled with the batch"),
@@ -202,7 +204,7 @@ def train_step(model, optimizer, scaler, imgs, draws, schedule, args):
                 t = net.teacher(views[0]).float().unflatten(0, (2, len(x)))  # (2, B, K): of the global views
             s = model(*views).float().unflatten(0, (-1, len(x)))  # (V, B, K)
         loss, entropy, kl = dino_loss(s, t, net.center, teacher_temp=schedule.teacher_temp)
-        if args.ablate in OTHER_LOSSES:  # the log keeps DINO's entropy and KL
+        if args.ablate in OTHER_LOSSES:  # of the centred outputs; the log keeps DINO's entropy and KL
             loss = pairwise(s, t - net.center, OTHER_LOSSES[args.ablate])
         scaler.scale(loss / args.accumulate).backward()
         sums += torch.stack([loss.detach(), entropy, kl]) / args.accumulate
@@ -239,12 +241,15 @@ def sample_views(batch, views, side, scale, blur, solarize, color, g):
     """All random numbers of `views` crops of each image, (batch, views, ...): BYOL's augmentation.
 
     side: of the images, px. scale: area of the crops. blur, solarize: a probability for each view. color: strength of
-    the rest, 1 as published.
+    the jitter, and a factor on the probabilities of grey and solarization; 1 as published.
     """
     rand = lambda: torch.rand((batch, views), generator=g)
     draws = dict(box=sample_boxes((batch, views), side, scale, g), flip=rand() < 0.5)
-    jitter = rand() < 0.8  # all four or none
-    factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
+    jitter = rand() < 0.8  # for each view, all four operations or none
+
+    def factor(neutral, width):  # uniform in neutral ± color · width where there is jitter, else neutral
+        return torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
+
     draws["brightness"] = factor(1.0, 0.4)
     draws["contrast"] = factor(1.0, 0.4)
     draws["saturation"] = factor(1.0, 0.2)
@@ -389,17 +394,18 @@ def main(argv=None, images=None, backbone=ViT):
     state = dict(net=net, optimizer=optimizer, scaler=scaler)  # what a run needs to resume
     per_epoch = len(train) // args.batch
     total = args.epochs * per_epoch  # steps
+    stop = min(total, args.steps or total)
     memory = step_memory(args, net, activations(args), device)  # refuses more than there is
     describe(args, train, encoder, memory)
     if args.preset == "cpu" and total * args.batch < 800_000:
         note("DINO needs to see about a million images; in less, mae_pcae.py learns more (README, Your own photos)")
     check_momentum(args.momentum, total)
 
-    first, lines = resume(args, state, len(train), __file__)
+    first, lines = resume(args, state, len(train), stop, __file__)
     if args.init and not first:
         start_from(args.init, net.student.vit, net)
     config = encoder_config(args, net, encoder)
-    log = Log(args, lines, first, min(total, args.steps or total), optimizer)
+    log = Log(args, lines, first, stop, optimizer)
     monitor = Monitor(args, encoder, config, train, test, device)
     monitor.before(log)
     if log.rank == 0 and not first:

@@ -141,15 +141,16 @@ def main(argv=None, images=None, backbone=ViT):
     state = dict(net=net, optimizer=optimizer, scaler=scaler)  # what a run needs to resume
     per_epoch = len(train) // args.batch
     total = args.epochs * per_epoch  # steps
+    stop = min(total, args.steps or total)
     memory = step_memory(args, net, dino.activations(args) + mae_pcae.activations(args), device)
     describe(args, train, encoder, memory)
     check_momentum(args.momentum, total)
 
-    first, lines = resume(args, state, len(train), __file__)
+    first, lines = resume(args, state, len(train), stop, __file__)
     if args.init and not first:
         start_from(args.init, net.mae.vit, net)
     config = encoder_config(args, net, encoder)
-    log = Log(args, lines, first, min(total, args.steps or total), optimizer)
+    log = Log(args, lines, first, stop, optimizer)
     monitor = Monitor(args, encoder, config, train, test, device)
     monitor.before(log)
     if log.rank == 0 and not first:

@@ -20,14 +20,17 @@ The idea of PCAE. Predict features instead of pixels: those of a momentum encode
 patches the student does not. The tokens of an image are redundant, so the teacher drops, stage by stage, those most
 similar to the mean token; attention has spread their content to the others by then. The student predicts what is left.
 
-Read sections 1 to 3 of vit.py too. Change forward for another loss or target, sample_step and augment for another
-augmentation; another backbone, a subclass of ViT, is given to main(backbone=...).
+In PCAE the momentum encoder is net.teacher; after each of --stages the share --keep of its tokens is left, chosen by
+CRITERIA. Read sections 1 to 3 of vit.py too. Change forward for another loss or target, compress for what PCAE drops,
+sample_step and augment for another augmentation. main(backbone=...) takes another network, a subclass of ViT; MAE calls
+its forward, PCAE's teacher its embed, blocks and norm.
 
 Differs from the authors' code:
 - Crops and flips run on the device for the whole batch, without rounding to 8 bits. Images are decoded as squares of
   the network's size (above 64 px, of up to twice that), cut from the middle. Mean and std are those of the data set.
-- The encoder's linear layers start from a truncated normal of 0.02, its patch embedding from PyTorch's default (theirs:
-  Xavier-uniform, as the decoder here: smaller weights learn for long from positions alone). --norm-pix is on.
+- The encoder's linear layers start from a truncated normal of 0.02, its patch embedding from PyTorch's default; theirs
+  are Xavier-uniform. The decoder is Xavier-uniform here too: from smaller weights it learns for long from positions
+  alone. --norm-pix is on.
 - PCAE: the paper's criterion, cosine to the mean token (theirs: to the mean of unit vectors, --criterion unit). The
   teacher starts as a copy of the student and moves once in an optimiser step (theirs: copied only when distributed,
   moved in every micro-batch). Predictions have the encoder's width (theirs: that of a patch's pixels). No drop path by
@@ -60,14 +63,14 @@ from vit import COMMON, COUNT, SHARE, Log, Monitor, by_preset, check_momentum, c
 from vit import launch, load_data, options, resume, save, step_memory, steps, vit_kwargs
 
 # name=(default, help[, arguments for argparse]); by_preset(demo, cpu, 32 px, 96 px, 224 px):
-# missing values repeat the last one; None and "..." are computed in vit.settle
+# missing values repeat the last one; None and "..." are computed in vit.settle, --stages in PCAE
 OPTIONS = COMMON | dict(
     method=("mae", "mae: pixels; pcae: features of a momentum encoder", dict(choices=("mae", "pcae"))),
     size=(by_preset("nano", "nano", "tiny", "small", "base"), "width, depth and heads", dict(choices=SIZES)),
     patch=(by_preset(4, "1/8 of the image", 4, 8, 16), "patch size, px", COUNT),
-    img_size=(by_preset(32, None, None, 96, 224), "side of the network's input, px", COUNT),
-    epochs=(by_preset(16, "800000 images", 400), "length of the run (PCAE on the demo set: 24)", COUNT),
-    batch=(by_preset(64, 64, 512, 512, 4096), "images in a step (PCAE, demo: 32), of all processes", COUNT),
+    img_size=(by_preset(32, None, None, 96, 224), "input side, px (the images' own; cpu: at most 48)", COUNT),
+    epochs=(by_preset(16, "800000 images", 400), "length of the run; the schedules follow it", COUNT),
+    batch=(by_preset(64, 64, 512, 512, 4096), "images in an optimiser step, of all processes", COUNT),
     lr=(by_preset(8e-3, 4e-3, 1e-3, 3e-4, 1.5e-4), "learning rate for batch 256; scaled with the batch"),
     warmup=(by_preset(2.0, None, 20.0, 20.0, 40.0), "epochs over which the learning rate rises"),
     weight_decay=((0.05, 0.05), "of all but biases and norms, at the start and at the end"),
@@ -84,7 +87,7 @@ OPTIONS = COMMON | dict(
     criterion=("mean", "PCAE: drop tokens most like the mean, or at random", dict(choices=("mean", "unit", "random"))),
     momentum=(by_preset(0.998, 0.998, 0.996, 0.996, 0.9999), "of the teacher, 1 at the end; lower it for short runs"),
 )
-PCAE_OPTIONS = dict(  # rows that replace MAE's
+PCAE_OPTIONS = dict(  # --method pcae: these defaults replace those above, which --help shows
     epochs=(by_preset(24, "300000 images", 400), ""),
     batch=(by_preset(32, 64, 512, 512, 4096), ""),
     lr=(by_preset(8e-3, 1e-3, 1e-3, 3e-4, 1.5e-4), ""),
@@ -326,16 +329,17 @@ def main(argv=None, images=None, backbone=ViT):
     state = dict(net=net, optimizer=optimizer, scaler=scaler)  # what a run needs to resume
     per_epoch = len(train) // args.batch
     total = args.epochs * per_epoch  # steps
+    stop = min(total, args.steps or total)
     memory = step_memory(args, net, activations(args), device)  # refuses more than there is
     describe(args, train, encoder, memory)
     if args.method == "pcae":
         check_momentum(args.momentum, total)
 
-    first, lines = resume(args, state, len(train), __file__)
+    first, lines = resume(args, state, len(train), stop, __file__)
     if args.init and not first:
         start_from(args.init, net.vit, net)
     config = encoder_config(args, net, encoder)
-    log = Log(args, lines, first, min(total, args.steps or total), optimizer)
+    log = Log(args, lines, first, stop, optimizer)
     monitor = Monitor(args, encoder, config, train, test, device)
     monitor.before(log)
     model = distribute(net)

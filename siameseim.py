@@ -69,7 +69,7 @@ ABLATIONS = {  # the options that they change
 OPTIONS = COMMON | dict(
     size=(by_preset("nano", "nano", "tiny", "small", "base"), "width, depth and heads", dict(choices=SIZES)),
     patch=(by_preset(4, "1/8 of the image", 4, 8, 16), "patch size, px", COUNT),
-    img_size=(by_preset(32, None, None, 96, 224), "side of the network's input, px", COUNT),
+    img_size=(by_preset(32, None, None, 96, 224), "input side, px (the images' own; cpu: at most 48)", COUNT),
     epochs=(by_preset(6, "180000 images", 400), "length of the run; the schedules follow it", COUNT),
     batch=(by_preset(64, 64, 512, 512, 4096), "images in an optimiser step, of all processes", COUNT),
     lr=(by_preset(4e-3, 2e-3, 1e-3, 5e-4, 6.25e-5), "learning rate for batch 256; scaled with the batch"),
@@ -281,8 +281,11 @@ def sample_step(args, step, side):
     rand = lambda: torch.rand((args.batch, 2), generator=g)
     draws = dict(box=sample_boxes((args.batch, 2), side, args.crop_scale, g))
     draws["flip"] = rand() < 0.5
-    jitter = rand() < 0.8  # one coin for all four
-    factor = lambda neutral, width: torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
+    jitter = rand() < 0.8  # for each view, all four operations or none
+
+    def factor(neutral, width):  # uniform in neutral ± color · width where there is jitter, else neutral
+        return torch.where(jitter, neutral + color * width * (2 * rand() - 1), neutral)
+
     draws["brightness"] = factor(1.0, 0.4)
     draws["contrast"] = factor(1.0, 0.4)
     draws["saturation"] = factor(1.0, 0.2)
@@ -432,15 +435,16 @@ def main(argv=None, images=None, backbone=ViT):
     state = dict(net=net, optimizer=optimizer, scaler=scaler)  # what a run needs to resume
     per_epoch = len(train) // args.batch
     total = args.epochs * per_epoch  # steps
+    stop = min(total, args.steps or total)
     memory = step_memory(args, net, activations(args), device)  # refuses more than there is
     describe(args, train, encoder, memory)
     check_momentum(args.momentum, total)
 
-    first, lines = resume(args, state, len(train), __file__)
+    first, lines = resume(args, state, len(train), stop, __file__)
     if args.init and not first:
         start_from(args.init, net.online.vit, net)
     config = encoder_config(args, net, encoder)
-    log = Log(args, lines, first, min(total, args.steps or total), optimizer)
+    log = Log(args, lines, first, stop, optimizer)
     monitor = Monitor(args, encoder, config, train, test, device)
     monitor.before(log)
     model = distribute(net)

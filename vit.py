@@ -13,6 +13,7 @@ rearrange, and it uses nothing of the other sections.
 
 Letters in shape comments, here and in every script:
     B images   C channels   V views   N patch tokens   D width   H heads   K prototypes   P patch size, px
+    N is all tokens in Attention and Block
     S side of a square image, px   (h, w) height and width: of images in px, of a grid in patches
 """
 
@@ -91,10 +92,12 @@ def gather_tokens(x, index):
 
 
 def drop_path(x, p):
-    """Stochastic depth (Huang et al., arXiv 1603.09382): zeroes a residual branch for a share p of the samples."""
+    """Stochastic depth (Huang et al., arXiv 1603.09382): with probability p a sample's residual branch is zeroed, else
+    scaled by 1 / (1 - p).
+    """
     if p == 0:
         return x
-    return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - p).div_((1 - p) or 1)
+    return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - p).div_((1 - p) or 1)  # p = 1: all are zero
 
 
 class Attention(nn.Module):
@@ -150,8 +153,8 @@ class ViT(nn.Module):
     """Vision Transformer with a CLS token: images (B, C, h, w) -> normalised tokens (B, 1+N, D), CLS first.
 
     Images may have another size than `img_size`, as long as the patch size divides it: position embeddings are then
-    interpolated (bicubic) to the exact grid. DINO's code adds 0.1 to the grid's sides before it takes the scale factor;
-    entries of the CLS token differ from its by about 0.02.
+    interpolated (bicubic) to the exact grid. DINO's code scales by (side + 0.1) instead; with its weights, entries of
+    the CLS token then differ by about 0.02.
     pos: "learned", or "sincos" for fixed ones. norm: False leaves out the final LayerNorm (SiameseIM).
     Raises InputError, a ValueError, where sizes do not fit. `embed`, `blocks` and `norm` can be called one by one.
     """
@@ -248,8 +251,9 @@ def sample_boxes(shape, side, scale, g):
     ratio = torch.empty(*shape, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=g).exp()
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (h >= 1) & (h <= side) & (w >= 1) & (w <= side)
-    first = fits.int().argmax(-1, keepdim=True)  # if none fits, the first try, where `side` stands
-    h, w = (torch.where(fits, t, side).gather(-1, first)[..., 0] for t in (h, w))
+    first = fits.int().argmax(-1, keepdim=True)  # the first try that fits; 0 if none does
+    h, w = (torch.where(fits, t, side) for t in (h, w))  # a try that does not fit becomes the whole image
+    h, w = (t.gather(-1, first)[..., 0] for t in (h, w))
     y, x = ((torch.rand(shape, generator=g) * (side - t + 1)).floor() for t in (h, w))
     return torch.stack([y, x, h, w], dim=-1)
 
@@ -335,7 +339,9 @@ def autocast(device, precision):
 
 
 def cosine(step, total, peak, end, warmup=0):
-    """Linear from 0 to `peak`, reached in the last of `warmup` steps, then a cosine from `peak` to `end`."""
+    """Linear from 0 to `peak`, reached in the last of `warmup` steps, then a cosine from `peak` towards `end`, which
+    step `total` would have.
+    """
     warmup = round(warmup)
     if step < warmup:
         return peak * step / max(1, warmup - 1)
@@ -393,8 +399,8 @@ def distribute(net):
     """
     if not dist.is_initialized():
         return net
-    model = DistributedDataParallel(net)
-    model.broadcast_buffers = False  # not as an argument: at the start they are still made equal
+    model = DistributedDataParallel(net)  # copies rank 0's weights and buffers to all
+    model.broadcast_buffers = False  # later forward passes must not copy buffers
     net.forward = lambda: sum(p.sum() for p in net.parameters() if p.requires_grad) * 0
     model().backward()
     net.zero_grad()
@@ -1062,8 +1068,9 @@ def options(doc, table, argv=None, **fixed):
         example = default["32"] if isinstance(default, dict) else default
         kind = kinds[float] | dict(nargs=len(example)) if isinstance(example, tuple) else kinds.get(type(example), {})
         kind = kind | (more[0] if more else {})
-        shown = ", ".join(f"{k} {v}" for k, v in default.items()) if isinstance(default, dict) else default
-        text += f" (default: {shown})" * (example is not None)
+        defaults = default if isinstance(default, dict) else {"": default}
+        shown = ", ".join(f"{k} {v}".strip() for k, v in defaults.items() if v is not None)
+        text += f" (default: {shown})" * bool(shown)
         p.add_argument(kind.pop("flag", f"--{name.replace('_', '-')}"), help=text, **kind)
         p.set_defaults(**{name: None if isinstance(default, dict) else default})
     p.set_defaults(**fixed)
@@ -1229,11 +1236,12 @@ def encoder_config(args, net, vit):
     return config | {k: getattr(net, k).flatten().tolist() for k in ("mean", "std")}
 
 
-def resume(args, parts, images, script):
+def resume(args, parts, images, stop, script):
     """Loads args.out/last.pt, if it is there, into `parts`. Returns how many steps were done, and the log's lines.
 
     parts: name -> what training needs to resume (network, optimizer, scaler). images: the number of training images.
-    script: the method's file. Raises InputError if last.pt is of a run with other options or images.
+    stop: where this run ends. script: the method's file. Raises InputError if last.pt is of a run with other options or
+    images, or of one that other code has finished.
 
     All random numbers of a step follow from the seed and the step, so nothing of them is saved. A run that is killed
     loses what it did since its last save, about a minute, and does it again, bit for bit.
@@ -1260,9 +1268,16 @@ def resume(args, parts, images, script):
         raise InputError(f"{args.out} holds {changed}: restore the images, or give another --out")
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    if then["script"] != digest:
-        note("warning: the script or vit.py has changed since this run began; another --out begins a new one")
-    return state["step"], state["log"]
+    first, changed = state["step"], then["script"] != digest
+    if first >= stop:
+        if changed:  # or the result of other code would be taken for this one's
+            raise InputError(f"{args.out} was trained by another version of the script or vit.py: give another --out")
+        say(f"{args.out} is already trained, {first} steps, nothing to do: give another --out for a new run")
+    else:
+        say(f"resumes after step {first} of {stop}")
+        if changed:
+            note("warning: the script or vit.py has changed since this run began; another --out begins a new one")
+    return first, state["log"]
 
 
 def save(args, parts, vit, config, step, log):
@@ -1338,10 +1353,6 @@ class Log:
                 os.replace(part, self.file)
             except OSError as e:
                 raise InputError(f"--out {args.out} cannot be written ({e})") from None
-        if first >= stop:
-            say(f"{args.out} is already trained, {first} steps, nothing to do: give another --out for a new run")
-        elif first:
-            say(f"resumes after step {first} of {stop}")
 
     def write(self, **row):
         if self.rank == 0:

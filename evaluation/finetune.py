@@ -144,7 +144,7 @@ def finetune(args, vit, train, test, config, device):
     state, per_epoch = dict(net=net, optimizer=optimizer, scaler=scaler), len(train) // batch
     total, size = args.epochs * per_epoch, config["img_size"][0]
     describe(args, train, vit)
-    first, lines = resume(args, state, len(train), __file__)
+    first, lines = resume(args, state, len(train), total, __file__)
     log = Log(args, lines, first, total, optimizer)
     model = distribute(net.train())
 

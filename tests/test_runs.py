@@ -557,10 +557,13 @@ def test_a_finished_run_and_a_changed_script_are_named(npz, capsys, monkeypatch)
     out, err = capsys.readouterr()
     assert "run is already trained, 8 steps, nothing to do: give another --out" in out
     assert result["step"] == 8 and "changed" not in err
+    dino.main(tiny("--epochs", 1, "--steps", 4, out="half"))
     Path("changed.py").write_text("# another loss")
     monkeypatch.setattr(dino, "__file__", "changed.py")
-    dino.main(tiny("--epochs", 1))
+    dino.main(tiny("--epochs", 1, out="half"))
     assert "warning: the script or vit.py has changed since this run began" in capsys.readouterr().err
+    line = fails(dino.main, tiny("--epochs", 1), capsys)
+    assert "run was trained by another version of the script or vit.py: give another --out" in line
 
 
 def test_a_run_that_learned_little_says_so(npz, capsys):
