@@ -175,6 +175,9 @@ def main(argv=None):
         print(f"{'top-1, %':>9}" + "".join(f"{f'k={k}':>8}" for k in ks))
         for name, by_k in results.items():
             print(f"{name:>9}" + "".join(f"{v:8.2f}" for v in by_k.values()) + "  *" * (name == feature))
+        accuracy = results[feature][k]
+        error = (accuracy * (100 - accuracy) / len(test)) ** 0.5
+        print(f"this encoder (*) at k = {k}: {accuracy:.1f} ± {error:.1f} % of {len(test)} test images")
         if args.hits:
             with open(args.hits, "wb") as f:  # np.savez would add .npz to the name
                 np.savez(f, **right, best=right[feature], labels=test.labels.numpy(), k=k)

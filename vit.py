@@ -922,7 +922,8 @@ def load_checkpoint(file, harmless=(argparse.Namespace,)):
     harmless: classes and functions that the file may use besides tensors and plain types.
     """
     if not Path(file).is_file():
-        raise InputError(f"no checkpoint at {file}")
+        hint = f": did you mean {file}/last.pt?" if Path(file, "last.pt").is_file() else ""
+        raise InputError(f"no checkpoint at {file}{hint}")
     with reading(file, "checkpoint"), torch.serialization.safe_globals(list(harmless)):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -974,9 +975,10 @@ def build_encoder(file, weights, config, backbone=ViT):
 def start_from(file, vit, net):
     """--init: an encoder's weights into `vit`, positions interpolated; its mean and std into `net`; a new teacher."""
     encoder, found = load_encoder(file, type(vit))
-    for k in ("patch", "in_chans", "dim", "depth", "heads", "norm"):
-        if found[k] != vit.config[k]:
-            raise InputError(f"--init {file} has another shape: {k} {found[k]}, not {vit.config[k]}")
+    differ = [k for k in ("patch", "in_chans", "dim", "depth", "heads", "norm") if found[k] != vit.config[k]]
+    if differ:
+        what = ", ".join(f"{k} {found[k]}, not {vit.config[k]}" for k in differ)
+        raise InputError(f"--init {file} was trained at {found['img_size'][0]} px and has another shape: {what}")
     encoder.pos_embed.data = encoder.positions(vit.grid)
     vit.load_state_dict(encoder.state_dict())
     for name in ("mean", "std"):
@@ -1040,7 +1042,7 @@ COMMON = dict(  # options of every training script
     data=("demo.npz", DATA_HELP),
     out=(None, "folder for last.pt, log.jsonl and pictures; a run found there resumes (runs/METHOD-DATA)"),
     preset=(None, "which defaults to use (cpu without a GPU; with one, by the images' size)", dict(choices=PRESETS)),
-    steps=(None, "stop after so many steps from the start of the run; schedules stay", COUNT),
+    steps=(None, "only for a test: break the run off after so many steps; schedules do not get shorter", COUNT),
     accumulate=(1, "micro-batches in a step: less memory, same gradient (but drop path, BatchNorm, infonce)", COUNT),
     workers=(2, "processes that decode images, where a set does not fit into memory"),
     device=DEVICE,
@@ -1056,6 +1058,10 @@ def by_preset(*values):
     return dict(zip(PRESETS, [*values, *values[-1:] * (len(PRESETS) - len(values))], strict=True))
 
 
+def refuse(message):
+    raise InputError(message)
+
+
 def options(doc, table, argv=None, **fixed):
     """Parses the options in `table`: rows name=(default, help[, arguments for argparse]).
 
@@ -1063,6 +1069,7 @@ def options(doc, table, argv=None, **fixed):
     fixed: set without being options.
     """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = refuse  # one line, without the usage
     kinds = {bool: dict(action=argparse.BooleanOptionalAction)} | {k: dict(type=number(k, 0)) for k in (int, float)}
     for name, (default, text, *more) in table.items():
         example = default["32"] if isinstance(default, dict) else default
@@ -1222,10 +1229,11 @@ def describe(args, images, vit, memory=0):
     if args.method != "finetune":
         shape = f"{sum(p.numel() for p in params) / 1e6:.1f} million parameters, {args.img_size} px"
         why = "; made for a computer without a GPU" if args.preset == "cpu" else ""
-        preset = f"{args.method}, preset {args.preset} (--preset for another{why})"
+        preset = f"{args.method} on {args.data}, preset {args.preset} (--preset for another{why})"
         say(f"{preset}: {args.size} ViT of {shape} in patches of {args.patch}")
-    seen = args.epochs * (len(images) // args.batch) * args.batch
-    plan = f"{args.epochs} x {len(images)} images, {seen} in all, in batches of {args.batch}"
+    batches_each = len(images) // args.batch
+    seen = args.epochs * batches_each * args.batch
+    plan = f"{args.epochs} epochs of {batches_each} batches of {args.batch} from {len(images)} images, {seen} in all"
     plan += f", about {memory / 2**30:.1f} GiB of memory" * (memory > 0)
     say(f"{plan}; {params[0].device.type}, {args.precision}, {world} process{'es' * (world > 1)} -> {args.out}")
 
@@ -1261,7 +1269,7 @@ def resume(args, parts, images, stop, script):
     ]
     if differ:
         what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {new.get(k)})" for k in differ[:4])
-        why = f"give another --out, or --init {file} to start from its encoder"
+        why = "give another --out" + f", or --init {file} to start from its encoder" * (not args.init)
         raise InputError(f"{args.out} holds a run with {what}: {why}")
     if then["images"] != images:
         changed = f"a run on {then['images']} images, now there are {images}"
@@ -1415,28 +1423,30 @@ class Log:
         self.since, self.counted = time.perf_counter(), step + 1
 
     def draw_curve(self, key="knn"):
-        """Draws curve.png, over epochs: the loss, with DINO's entropy and KL beside ln K, their limit; `key` beside raw
-        pixels and the network before training.
+        """Draws curve.png, over epochs: the loss, with DINO's entropy and KL beside ln K, their limit; and `key`, where
+        it was measured, beside raw pixels and the network before training.
         """
         from matplotlib.figure import Figure  # importing it takes half a second
 
-        rows, figure = self.rows(), Figure((10, 3), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for axes, names in ((left, ("loss", "entropy", "kl")), (right, (key,))):
+        rows = self.rows()
+        keys = [("loss", "entropy", "kl"), (key,)]
+        titles = ["loss", "k-NN accuracy, % (k = 20)" if key == "knn" else "accuracy, %"]
+        prototypes = rows[0]["args"].get("prototypes")
+        levels = [[("ln K", math.log(prototypes))] if prototypes else []]
+        levels.append([(k[4:], v) for row in rows for k, v in row.items() if k.startswith("knn_")])
+        count = 1 + any(key in row for row in rows)
+        figure = Figure((5 * count, 3), layout="constrained")
+        panels = figure.subplots(1, count, squeeze=False)[0]
+        for axes, names, title, lines in zip(panels, keys, titles, levels, strict=False):
             for name in names:
                 points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
                 if points:
                     axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=name)
-        levels = [(right, k[4:], v) for row in rows for k, v in row.items() if k.startswith("knn_")]
-        if "prototypes" in rows[0]["args"]:
-            levels.append((left, "ln K", math.log(rows[0]["args"]["prototypes"])))
-        for i, (axes, name, value) in enumerate(levels):
-            axes.axhline(value, color="grey", linestyle=("--", ":", "-.")[i], label=name)
-        left.set(xlabel="epoch", title="loss")
-        right.set(xlabel="epoch", title="k-NN accuracy, % (k = 20)" if key == "knn" else "accuracy, %")
-        for axes in (left, right):
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, not over them
+            for style, (name, value) in zip(("--", ":"), lines, strict=False):
+                axes.axhline(value, color="grey", linestyle=style, label=name)
+            axes.set(xlabel="epoch", title=title)
+            axes.set_xlim(left=0)
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, not over them
         figure.savefig(self.picture("curve"), dpi=100)
 
 
@@ -1477,7 +1487,7 @@ class Monitor:
             found = {"knn_pixels": self.knn(pixels), self.start: self.knn()}
             log.write(**found)
             values = ", ".join(f"{k[4:]} {self.text(v)}" for k, v in found.items())
-            say(f"k-NN before training, {len(self.sets[1])} test images: {values}")
+            say(f"k-NN of {len(self.sets[1])} test images before training (± standard error): {values}")
 
     def when_due(self, step, leaving, log):
         """About ten times in a run, and at its end; not where it was asked to stop, which may be urgent."""
@@ -1497,7 +1507,9 @@ class Monitor:
             if finished and knn <= start + 2 * self.error(start):
                 text += "; warning: little was learned, see 'When it does not learn' in README.md"
             elif finished and knn < raw:
-                text += "; no better than raw pixels yet, see 'When it does not learn' in README.md"
+                text += "; it learned, but is no better than raw pixels yet, see 'When it does not learn' in README.md"
+            elif not finished:
+                text += "; cut short by --steps"
         say(f"{text}; see {log.picture('curve')}")
         found["checkpoint"] = str(Path(args.out, "last.pt"))
         say(to_json({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}))
