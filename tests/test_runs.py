@@ -495,10 +495,12 @@ def test_without_a_gpu_the_preset_for_a_cpu_is_taken(method, folder, capsys):
     row = (mae_pcae.PCAE_OPTIONS if method == "pcae" else MODULE[method].OPTIONS)["epochs"][0]["cpu"]
     assert abs(args["epochs"] * 64 / int(row.split()[0]) - 1) < 0.01
     shape = rf"nano ViT of 1\.2 million parameters, 16 px in patches of {patch}$"
-    assert re.search(rf"^{method}, preset cpu .*: {shape}", out, re.M)
+    assert re.search(rf"^{method} on {folder}, preset cpu .*: {shape}", out, re.M)
     plan = rf"{args['epochs']} epochs of 1 batches of 64 from 64 images, {args['epochs'] * 64} in all"
     assert re.search(rf"^{plan}, about [01]\.\d GiB of memory; cpu, ", out, re.M)
-    assert re.search(r"24 test images: pixels [\d.]+ ± [\d.]+ %, untrained [\d.]+ ± [\d.]+ %", out)
+    assert re.search(
+        r"k-NN of 24 test images before training .*: pixels [\d.]+ ± [\d.]+ %, untrained [\d.]+ ± [\d.]+ %", out
+    )
 
 
 @pytest.mark.parametrize("side,preset", [(32, "32"), (128, "96"), (400, "224")])
