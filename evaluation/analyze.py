@@ -163,8 +163,11 @@ def shape_or_texture(features, shapes, textures, k=20):
     similar.fill_diagonal_(-2)
     near = similar.topk(min(k, len(u) - 1), dim=1)[1]
     shape, texture = shapes[:, None] == shapes, textures[:, None] == textures
-    only = (shape & ~texture).float(), (texture & ~shape).float()
-    by_shape, by_texture = (o.gather(1, near).sum(dim=1) / o.sum(dim=1).clamp(min=1) for o in only)
+
+    def found(alike):  # of the images that are alike, the share that is among the neighbours
+        return alike.gather(1, near).float().sum(dim=1) / alike.float().sum(dim=1).clamp(min=1)
+
+    by_shape, by_texture = found(shape & ~texture), found(texture & ~shape)
     return by_shape / (by_shape + by_texture)  # 0/0: nan
 
 
@@ -193,7 +196,8 @@ def measure_images(vit, images, config, args, device):
 
     def note(depth, **values):
         for name, v in values.items():
-            rows.setdefault(name, {}).setdefault(depth, []).extend(v.reshape(len(v), -1).mean(dim=1).tolist())
+            one_each = v.reshape(len(v), -1).mean(dim=1)
+            rows.setdefault(name, {}).setdefault(depth, []).extend(one_each.tolist())
 
     for imgs in stream(images, in_order(images, args.batch), device, args.workers):
         for depth, x in enumerate(tokens_by_depth(vit, prepare(imgs, config))):
@@ -205,7 +209,8 @@ def measure_images(vit, images, config, args, device):
             note(depth, within=mean_cosine(tokens), clustered=mean_cosine(tokens - means[depth]))
             s = singular_values(tokens)
             note(depth, rank=effective_rank(s))
-            spectra[depth] += (s / s[:, :1]).clamp(min=1e-6).log10().sum(dim=0).cpu() / len(images)
+            relative = (s / s[:, :1]).clamp(min=1e-6)
+            spectra[depth] += relative.log10().sum(dim=0).cpu() / len(images)
             if depth < len(vit.blocks):  # block number depth + 1 attends among these tokens
                 block = vit.blocks[depth]
                 maps = block.attn.maps(block.norm1(x)).float()
@@ -242,19 +247,20 @@ def measure_encoder(vit, config, sets, args, device):
     if sets["train"].labels is not None:
         y, wanted = sets["train"].labels.to(device), sets["test"].labels.to(device)
         n, found["knn"], found["linear"], found["noise"] = len(y), [], [], {}
-        batch = min(256, n)
+        batch, classes = min(256, n), len(sets["train"].classes)
         total = 30 * (n // batch)
         for a, b in zip(train, test, strict=True):
             found["knn"].append(knn(a, y, b, wanted)[20][0])
             pairs = ((a[i], y[i]) for i in batches(n, batch, 0, total, 0))
-            norm, weight, bias = train_heads(pairs, total, a.shape[1], len(sets["train"].classes), [0.3], batch, device)
+            norm, weight, bias = train_heads(pairs, total, a.shape[1], classes, [0.3], batch, device)
             found["linear"] += accuracies(norm(b) @ weight + bias, wanted)
         width = 0.2 if args.quick else 0.1
         for band in torch.arange(0, 1, width).tolist():
             g = torch.Generator().manual_seed(0)  # the same noise for every encoder
             noise = lambda shape, band=band, g=g: 0.5 * band_noise(shape, band, g, width)
             noisy = features_by_depth(vit, sets["test"], config, args, device, noise)
-            found["noise"][round(band, 2)] = knn(train[-1], y, noisy[-1], wanted)[20][0] - found["knn"][-1]
+            accuracy = knn(train[-1], y, noisy[-1], wanted)[20][0]
+            found["noise"][round(band, 2)] = accuracy - found["knn"][-1]
     if "shapes" in sets:
         own = features_by_depth(vit, sets["cue"], config, args, device) if "cue" in sets else test
         shares = [shape_or_texture(t, sets["shapes"].to(device), sets["textures"].to(device)) for t in own]
@@ -291,7 +297,8 @@ def verdict(claim, what, a, b):
     as_claimed = margin > 0 if " > " in what else margin < 0
     kind = "undecided" if not abs(margin) > 2 * error else "holds" if as_claimed else "fails"
     means = [sum(m for m, _ in g) / len(g) for g in (a, b)]
-    return dict(claim=claim, what=what, values=means, margin=margin, error=error, seeds=[len(a), len(b)], verdict=kind)
+    seeds = [len(a), len(b)]
+    return dict(claim=claim, what=what, values=means, margin=margin, error=error, seeds=seeds, verdict=kind)
 
 
 SIDES = dict(dino="cl", mae="mim", pcae="mim")  # what a checkpoint's method says; siameseim and hybrid are both
@@ -319,7 +326,8 @@ SHOWN = dict(cl="CL", mim="MIM", hybrid="hybrid")
 def some_depths(depths, where):
     """The first or later third of a list by depth, its last entry, or all but the first (the input of block 1)."""
     third = max(1, len(depths) // 3)
-    return dict(first=depths[:third], later=depths[-third:], last=depths[-1:], blocks=depths[1:])[where]
+    parts = dict(first=depths[:third], later=depths[-third:], last=depths[-1:], blocks=depths[1:])
+    return parts[where]
 
 
 def of_encoder(found, measure, where):
@@ -395,8 +403,14 @@ TITLES = dict(  # of panels: what measure_images measures
 
 def curves(found):
     """Panel title -> the numbers of one model over depth (or over frequency), for the sheet."""
-    mean = lambda name: [(d, v.mean().item()) for d, v in sorted(found["images"].get(name, {}).items())]
-    by_block = lambda name: list(enumerate(found.get(name, [])[:-1], 1))  # the last is the method's own feature
+
+    def mean(name):
+        by_depth = found["images"].get(name, {})
+        return [(depth, by_depth[depth].mean().item()) for depth in sorted(by_depth)]
+
+    def by_block(name):
+        return list(enumerate(found.get(name, [])[:-1], 1))  # the last is the method's own feature
+
     out = {title: mean(name) for name, title in TITLES.items()}
     out["log10 singular values of tokens, last block"] = list(enumerate(found["spectrum"][-1], 1))
     out["effective rank of images"] = by_block("image_rank")
@@ -466,15 +480,20 @@ def draw_queries(encoders, imgs, file):
     raw = dict(img_size=first["img_size"], mean=[0.0] * channels, std=[1.0] * channels)
     shown = prepare(imgs, raw).cpu().numpy()  # what the first encoder sees, not normalised
     for row, (img, (y, x)) in enumerate((i, q) for i in shown for q in queries):
-        axes[row, 0].imshow(img[[0, 1, 2] if len(img) == 3 else [0, 0, 0]].transpose(1, 2, 0))
-        axes[row, 0].plot(x * img.shape[2], y * img.shape[1], "s", color="red", markersize=6, fillstyle="none")
+        rgb = img if len(img) == 3 else img[[0, 0, 0]]
+        height, width = rgb.shape[1:]
+        axes[row, 0].imshow(rgb.transpose(1, 2, 0))
+        axes[row, 0].plot(x * width, y * height, "s", color="red", markersize=6, fillstyle="none")
     figure.savefig(file, dpi=100)
 
 
 def plain(x):
     """Tensors, numbers and dicts of them as what JSON can hold: per-image values become [mean, standard error]."""
     if torch.is_tensor(x):
-        return [round(x.mean().item(), 6), round((x.std() / len(x) ** 0.5).item(), 6)] if len(x) > 1 else x.tolist()
+        if len(x) == 1:
+            return x.tolist()
+        error = x.std() / len(x) ** 0.5
+        return [round(x.mean().item(), 6), round(error.item(), 6)]
     if isinstance(x, dict):
         return {str(k): plain(v) for k, v in x.items()}
     if isinstance(x, list):
@@ -594,7 +613,10 @@ def main(argv=None):
     draw_queries(encoders, next(stream(sample, in_order(sample, 3), device, 0)), out / "queries.png")
     print_table(tables)
     print_claims(claims)
-    full = dict(images=len(sets["test"]), models={n: plain(m) for n, m in models.items()}, claims=plain(claims))
+    full = dict(images=len(sets["test"]), models={})
+    for name, m in models.items():
+        full["models"][name] = plain(m)
+    full["claims"] = plain(claims)
     (out / "analysis.json").write_text(json.dumps(full, indent=1))
     summary = dict(out=str(out), images=len(sets["test"]), verdicts=[f"{c['claim']}: {c['verdict']}" for c in claims])
     args.checkpoint = args.checkpoints  # report reads it
