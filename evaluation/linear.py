@@ -134,19 +134,26 @@ def save_classifier(file, net, config, classes):
     save_checkpoint(file, state | dict(config=config | net.vit.config | dict(classes=classes)))
 
 
-def apply(args, vit, config, device):
-    """Accuracy of a classifier, percent, on test images of another set, by the names of the classes."""
-    state, classes = load_checkpoint(args.checkpoint), config["classes"]
-    with reading(args.checkpoint, "classifier"):
+def load_classifier(file, vit, classes):
+    """The Classifier that save_classifier wrote; vit: its encoder, as open_encoder read it."""
+    state = load_checkpoint(file)
+    with reading(file, "classifier"):
         net = Classifier(vit, len(classes), **state["how"])
         net.load_state_dict(state["classifier"])
+    return net.eval()
+
+
+def apply(args, vit, config, device):
+    """Accuracy of a classifier, percent, on test images of another set, by the names of the classes."""
+    classes = config["classes"]
+    net = load_classifier(args.checkpoint, vit, classes).to(device)
     _, test = open_labelled(args, config, whole=True)
     unknown = [c for c in test.classes if c not in classes]
     if unknown:
         raise InputError(f"--data {args.data} has classes that were not trained: {', '.join(unknown[:5])}")
     own = [classes.index(c) for c in test.classes]
     how = (config, device, args.precision, args.batch, args.workers)
-    logits = shared_features(net.to(device).eval(), test, *how)[:, own]
+    logits = shared_features(net, test, *how)[:, own]
     accuracy = round(accuracies(logits[None], test.labels.to(device))[0], 2)
     return dict(accuracy=accuracy, test=len(test), classes=len(own))
 

@@ -1,5 +1,6 @@
 """Linear probe and fine-tuning: heads equal to heads trained alone, token dropping, the scripts themselves."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import dino
+import embed
 import finetune
 import linear
 import mae_pcae
@@ -154,6 +157,18 @@ def test_what_was_trained_is_saved_and_applied_to_another_set(run, script, epoch
     np.savez("new.npz", images=a, labels=b + 5)
     argv = ["probe/classifier.pt", "--data", "new.npz", "--device", "cpu"]
     assert "classes that were not trained: 5, 6" in fails(linear.main, argv, capsys)
+    np.savez("all.npz", images=x, labels=y)
+    Path("photos").mkdir()
+    for i, (image, label) in enumerate(zip(x, y, strict=True)):
+        Image.fromarray(image).save(f"photos/{label}-{i}.png")
+    unlabelled = ["photos", "--out", "classes.csv", "--device", "cpu", "--precision", "fp32"]
+    embed.main(["probe/classifier.pt", *unlabelled])
+    with open("classes.csv") as f:
+        rows = list(csv.DictReader(f))
+    right = [row["class"] == Path(row["file"]).name[0] for row in rows]
+    assert len(rows) == 24 and all(1 / 3 <= float(row["probability"]) <= 1 for row in rows)
+    assert 100 * np.mean(right) == pytest.approx(apply("--data", "all.npz")["results"]["accuracy"], abs=0.01)
+    assert "a .csv needs a classifier" in fails(embed.main, ["run/last.pt", *unlabelled], capsys)
 
 
 @pytest.mark.parametrize("feature,norm", [("mean", "layer"), ("cls", "none")])
