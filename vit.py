@@ -1269,7 +1269,8 @@ def resume(args, parts, images, stop, script):
     ]
     if differ:
         what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {new.get(k)})" for k in differ[:4])
-        why = "give another --out" + f", or --init {file} to start from its encoder" * (not args.init)
+        may_begin = "init" in args and not args.init  # fine-tuning has no --init
+        why = "give another --out" + f", or --init {file} to start from its encoder" * may_begin
         raise InputError(f"{args.out} holds a run with {what}: {why}")
     if then["images"] != images:
         changed = f"a run on {then['images']} images, now there are {images}"
