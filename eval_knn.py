@@ -29,7 +29,7 @@ from tools.convert import read_encoder
 from vit import InputError, ViT  # 1 network
 from vit import processes  # 3 training step
 from vit import open_images, reading, resize_side  # 4 images
-from vit import features, knn_hits, pixels  # 5 evaluation
+from vit import accuracy_error, features, knn_hits, pixels  # 5 evaluation
 from vit import COUNT, DATA_HELP, DEVICE, MANY, PRECISION, cli, launch, options, to_json  # 7 runs
 
 EVALUATION = dict(  # the options of every evaluation
@@ -91,15 +91,6 @@ def open_labelled(args, config, whole=False):
     return [s.subset(args.limit or len(s)).at(side, quiet) for s in sets]
 
 
-def gather(x):
-    """A list of every process's x, all of one shape."""
-    if not dist.is_initialized():
-        return [x]
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return parts
-
-
 def shared_features(encode, images, *how):
     """vit.features, encoded by all processes, each its share. All must call this, and all get all rows."""
     rank, world = processes()
@@ -113,8 +104,12 @@ def shared_features(encode, images, *how):
 def collect(mine, n):
     """All n rows, of which each process has every world-th from its rank on."""
     world = processes()[1]
+    if world == 1:
+        return mine
     mine = F.pad(mine, (0, 0) * (mine.ndim - 1) + (0, -(-n // world) - len(mine)))  # shares differ by one
-    return torch.stack(gather(mine), dim=1).flatten(0, 1)[:n]
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)[:n]
 
 
 def mcnemar(a, b):
@@ -176,7 +171,7 @@ def main(argv=None):
         for name, by_k in results.items():
             print(f"{name:>9}" + "".join(f"{v:8.2f}" for v in by_k.values()) + "  *" * (name == feature))
         accuracy = results[feature][k]
-        error = (accuracy * (100 - accuracy) / len(test)) ** 0.5
+        error = accuracy_error(accuracy, len(test))
         print(f"this encoder (*) at k = {k}: {accuracy:.1f} ± {error:.1f} % of {len(test)} test images")
         if args.hits:
             with open(args.hits, "wb") as f:  # np.savez would add .npz to the name

@@ -347,18 +347,17 @@ def places(box, flip, grid):
     y, x, h, w = box.unbind(-1)  # (B, 2)
     rows = centers(y, h, torch.zeros_like(flip), grid[0])[:, :, None]
     columns = centers(x, w, flip, grid[1])[:, None]
-    taller, wider = (10 * (length[:, 1] / length[:, 0]).log()[:, None] for length in (h, w))
-    rows, columns, taller, wider = torch.broadcast_tensors(rows, columns, taller[..., None], wider[..., None])
-    return rows.flatten(1), columns.flatten(1), taller.flatten(1), wider.flatten(1)
+    taller, wider = (10 * (length[:, 1] / length[:, 0]).log().view(-1, 1, 1) for length in (h, w))
+    return [t.flatten(1) for t in torch.broadcast_tensors(rows, columns, taller, wider)]
 
 
 def centers(start, length, flip, n):
     """The centres of b's n patches on a's grid, along one axis: (B, n). start, length, flip: (B, 2), of a and b."""
     (start_a, start_b), (length_a, length_b), (flip_a, flip_b) = (t.T[..., None] for t in (start, length, flip))
-    share = (torch.arange(n, device=start.device) + 0.5) / n  # of view b
-    image = start_b + length_b * torch.where(flip_b, 1 - share, share)  # px
-    share = (image - start_a) / length_a  # of view a
-    return n * torch.where(flip_a, 1 - share, share) - 0.5
+    in_b = (torch.arange(n, device=start.device) + 0.5) / n  # 0 to 1 along view b
+    image = start_b + length_b * torch.where(flip_b, 1 - in_b, in_b)  # px
+    in_a = (image - start_a) / length_a  # 0 to 1 along view a
+    return n * torch.where(flip_a, 1 - in_a, in_a) - 0.5
 
 
 def relative_positions(box, flip, grid, dim):

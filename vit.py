@@ -874,6 +874,11 @@ def knn(*sets, **how):
     return {k: (100 * h[:, 0].double().mean().item(), 100 * h.any(1).double().mean().item()) for k, h in hits.items()}
 
 
+def accuracy_error(accuracy, n):
+    """The standard error of an accuracy on n images; both in percent."""
+    return (accuracy * (100 - accuracy) / n) ** 0.5
+
+
 def token_std(x):
     """How much tokens (B, n, D) differ: standard deviation over tokens and images, mean over entries. 0: collapsed."""
     return x.detach().flatten(0, 1).std(dim=0).mean()
@@ -910,8 +915,9 @@ def save_checkpoint(file, state):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, file)
-    except (OSError, RuntimeError) as e:  # torch.save on a full disk raises RuntimeError
-        raise InputError(f"could not save {file} ({e}); what was saved there before is untouched") from None
+    except (OSError, RuntimeError) as e:  # torch.save's RuntimeError hides its cause, such as a full disk
+        why = e if isinstance(e, OSError) else e.__context__ or e
+        raise InputError(f"could not save {file} ({why}); what was saved there before is untouched") from None
     finally:  # a second Ctrl-C may have come in the middle
         part.unlink(missing_ok=True)
 
@@ -1430,20 +1436,19 @@ class Log:
         from matplotlib.figure import Figure  # importing it takes half a second
 
         rows = self.rows()
-        keys = [("loss", "entropy", "kl"), (key,)]
-        titles = ["loss", "k-NN accuracy, % (k = 20)" if key == "knn" else "accuracy, %"]
         prototypes = rows[0]["args"].get("prototypes")
-        levels = [[("ln K", math.log(prototypes))] if prototypes else []]
-        levels.append([(k[4:], v) for row in rows for k, v in row.items() if k.startswith("knn_")])
-        count = 1 + any(key in row for row in rows)
-        figure = Figure((5 * count, 3), layout="constrained")
-        panels = figure.subplots(1, count, squeeze=False)[0]
-        for axes, names, title, lines in zip(panels, keys, titles, levels, strict=False):
+        panels = [("loss", ("loss", "entropy", "kl"), [("ln K", math.log(prototypes))] if prototypes else [])]
+        if any(key in row for row in rows):
+            before = [(k[4:], v) for row in rows for k, v in row.items() if k.startswith("knn_")]
+            panels.append(("k-NN accuracy, % (k = 20)" if key == "knn" else "accuracy, %", (key,), before))
+        figure = Figure((5 * len(panels), 3), layout="constrained")
+        subplots = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, names, levels) in zip(subplots, panels, strict=True):
             for name in names:
                 points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
                 if points:
                     axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=name)
-            for style, (name, value) in zip(("--", ":"), lines, strict=False):
+            for style, (name, value) in zip(("--", ":"), levels, strict=False):
                 axes.axhline(value, color="grey", linestyle=style, label=name)
             axes.set(xlabel="epoch", title=title)
             axes.set_xlim(left=0)
@@ -1474,13 +1479,9 @@ class Monitor:
         self.vit.train(training)
         return round(knn(x, y.to(x.device), test_x, test_y.to(x.device))[20][0], 2)
 
-    def error(self, accuracy):
-        """The standard error of an accuracy over the test images; both in percent."""
-        return (accuracy * (100 - accuracy) / len(self.sets[1])) ** 0.5
-
     def text(self, accuracy):
         """The accuracy with its standard error."""
-        return f"{accuracy:.1f} ± {self.error(accuracy):.1f} %"
+        return f"{accuracy:.1f} ± {accuracy_error(accuracy, len(self.sets[1])):.1f} %"
 
     def before(self, log):
         """Measures k-NN of raw pixels and of the network before training, where the run begins."""
@@ -1505,7 +1506,7 @@ class Monitor:
             knn, start, raw = found["knn"], found[self.start], found["knn_pixels"]
             text += f": k-NN {self.text(knn)} ({self.start[4:]} {start:.1f}, pixels {raw:.1f})"
             finished = log.stop == args.epochs * log.per_epoch
-            if finished and knn <= start + 2 * self.error(start):
+            if finished and knn <= start + 2 * accuracy_error(start, len(self.sets[1])):
                 text += "; warning: little was learned, see 'When it does not learn' in README.md"
             elif finished and knn < raw:
                 text += "; it learned, but is no better than raw pixels yet, see 'When it does not learn' in README.md"

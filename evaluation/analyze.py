@@ -42,7 +42,7 @@ from tools.convert import read_encoder
 # isort: off
 from vit import InputError, ViT, pooled  # 1 network
 from vit import Images, batches, in_order, list_images, open_images, prepare, reading, resize_side, stream  # 4 images
-from vit import features, knn  # 5 evaluation
+from vit import accuracy_error, features, knn  # 5 evaluation
 from vit import COUNT, cli, launch, options  # 7 runs
 
 OPTIONS = {k: row for k, row in EVALUATION.items() if k not in ("checkpoint", "img_size", "limit")} | dict(
@@ -333,8 +333,8 @@ def some_depths(depths, where):
 def of_encoder(found, measure, where):
     """A measure of one encoder at some depths: [(mean, standard error)], or [] where it was not measured."""
     if measure == "linear" and "linear" in found:  # over depths; the error is that of a share of the test images
-        share = np.mean(some_depths(found["linear"][:-1], where)) / 100
-        return [(100 * share, 100 * math.sqrt(share * (1 - share) / found["test"]))]
+        accuracy = float(np.mean(some_depths(found["linear"][:-1], where)))
+        return [(accuracy, accuracy_error(accuracy, found["test"]))]
     if measure == "shape" and "shape" in found:
         values = found["shape"][-1]
     elif measure in found["images"]:

@@ -58,8 +58,11 @@ def test_every_command_of_the_readme_runs():
 
 def test_every_file_that_the_readme_names_is_there():
     text = (ROOT / "README.md").read_text()
-    named = re.findall(r'src="([^"]+)"', text) + re.findall(r"\]\(([^)h][^)]*)\)", text)
-    assert len(named) >= 5 and all((ROOT / name).exists() for name in named)
+    named = re.findall(r'src="([^"]+)"', text) + re.findall(r"\]\(([^)h#][^)]*)\)", text)
+    assert len(named) >= 5 and [name for name in named if not (ROOT / name).exists()] == []
+    titles = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines()]
+    places = re.findall(r"\]\(#([^)]*)\)", text)
+    assert places and set(places) <= set(titles)
 
 
 ROWS = {m: f"weights/{m}-cifar10.jsonl" for m in SCRIPT} | {

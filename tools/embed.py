@@ -44,14 +44,14 @@ def main(argv=None):
         raise InputError(f"images have 3 channels, but the network takes {config['in_chans']}")
     if not Path(args.out).absolute().parent.is_dir():
         raise InputError(f"--out {args.out}: no such folder")
-    classes = config.get("classes") if args.out.endswith(".csv") else None
-    if classes:
-        net = load_classifier(args.checkpoint, vit, classes).to(device)
-    elif args.out.endswith(".csv"):
+    classify, classes = args.out.endswith(".csv"), config.get("classes")
+    if classify and not classes:
         raise InputError(f"--out {args.out}: a .csv needs a classifier, which evaluation/linear.py --out makes")
+    if classify:
+        net = load_classifier(args.checkpoint, vit, classes).to(device)
+        encode = lambda x: net(x).float().softmax(dim=-1)
     else:
-        net = Classifier(vit, 1, args.feature or config["feature"], args.layers).to(device).eval()
-    encode = (lambda x: net(x).float().softmax(dim=-1)) if classes else net.encode
+        encode = Classifier(vit, 1, args.feature or config["feature"], args.layers).to(device).eval().encode
     side, vectors, found = resize_side(config["img_size"]), [], []
     for i in tqdm(range(0, len(files), PART), "files", unit=f"{PART}", disable=None):
         try:
@@ -63,14 +63,15 @@ def main(argv=None):
     if not found:
         raise InputError(f"none of the {len(files)} images in {args.folder} can be read")
     vectors, unreadable = torch.cat(vectors).numpy(), sorted(set(files) - set(found))
-    if classes:
+    if classify:
+        what = f"{len(found)} files' classes"
         rows = [(file, classes[p.argmax()], f"{p.max():.4f}") for file, p in zip(found, vectors, strict=True)]
         with open(args.out, "w", newline="") as f:
             csv.writer(f).writerows([("file", "class", "probability"), *rows])
     else:
+        what = f"{len(found)} vectors of length {vectors.shape[1]}"
         with open(args.out, "wb") as f:
             np.savez(f, vectors=vectors, files=found, unreadable=np.array(unreadable, dtype=str))
-    what = f"{len(found)} files' classes" if classes else f"{len(found)} vectors of length {vectors.shape[1]}"
     print(f"{what} -> {args.out}; {len(unreadable)} files could not be read")
     return dict(files=found, unreadable=unreadable)
 

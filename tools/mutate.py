@@ -63,7 +63,7 @@ CHANGES = {  # file -> (what stands there, what it becomes)
         (".argsort(dim=1)[:, hidden:]", ".argsort(dim=1)[:, :-hidden]"),
         ("(pred - target).square().mean() + weight * uniformity", "(pred - target).square().mean()"),
         ("return F.layer_norm(z, z.shape[-1:])", "return z"),
-        ("torch.where(flip_a, 1 - share, share) - 0.5", "share - 0.5"),
+        ("torch.where(flip_a, 1 - in_a, in_a) - 0.5", "in_a - 0.5"),
         ("(10 * (length", "(-10 * (length"),
         ("patch_embed.requires_grad_(args.train_patch_embed)", "patch_embed.requires_grad_(True)"),
         ("F.pad(visible + 1, (1, 0))", "F.pad(visible, (1, 0))"),
