@@ -45,9 +45,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """An empty folder; runs log and may save at every step; signal handlers do not outlive a test."""
+    """An empty folder; runs log every step; signal handlers do not outlive a test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vit, "SAVE_EVERY", 0)
     monkeypatch.setattr(vit, "LOG_EVERY", 1)
     old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield

@@ -196,6 +196,7 @@ def test_finetune_is_repeatable_resumes_and_logs(run):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(finetune, "save", killed)
+        patch.setattr(vit, "SAVE_EVERY", 0)
         finetune.main([*options, "--out", "b"])
     assert finetune.main([*options, "--out", "b"])["results"]["finetuned"] == first["finetuned"]
     assert same(checkpoint("a"), checkpoint("b")) == []
